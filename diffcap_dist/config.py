@@ -1,0 +1,213 @@
+"""The typed tree of settings: what a run can be told, with its defaults.
+
+In: a YAML file and ``key.sub=value`` words. Out: one checked ``Config``. Defaults here < YAML < words; unknown keys and
+wrong types are errors with a suggestion. Each part goes whole to its owner; nobody gets the tree. No torch here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, of the wrong type, or does not fit another one."""
+
+
+@dataclass
+class DataConfig:
+    """What is read, and in which order."""
+
+    shards: str = "???"  # folder with index.json, made by make-shards
+    train_split: str = "train"
+    val_split: str = "val"
+    features: str = ""  # name of the features beside the shards; empty: the encoder runs online
+    tokenizer: str = "words"  # 'words' (of the training captions), a folder, or a Hugging Face id
+    min_word_count: int = 1  # for 'words': rarer words become [UNK]
+    max_length: int = 24  # L; 1.7% of Flickr8k captions are longer, 26% at the paper's 16
+    captions_per_image: int = 1  # captions of a photo used at each visit; 0 = all of them
+    canonical_spans: int = 64
+    shuffle_window: int = 4096
+    num_workers: int = 2  # loader processes per rank; 0 = in the rank itself
+
+
+@dataclass
+class EncoderConfig:
+    """The frozen image encoder (open_clip)."""
+
+    name: str = "ViT-B-32"  # open_clip model, hf-hub:ORG/MODEL, or a folder with open_clip_config.json
+    pretrained: str = "openai"  # open_clip tag or weights file; empty for folders and hub ids
+    patches: bool = False  # give the denoiser the patch tokens beside the pooled vector
+
+
+@dataclass
+class ModelConfig:
+    """The denoiser's body and embedding table."""
+
+    body: str = "random"  # 'random', or a Hugging Face id / folder of a DistilBERT
+    width: int = 768
+    num_layers: int = 6
+    num_heads: int = 12
+    ffn_width: int = 3072
+    dropout: float = 0.0
+    embeddings: str = "random"  # 'random', or a Hugging Face id / folder whose word embeddings are taken
+    train_embeddings: bool = False
+    embedding_dim: int = 768  # D; the table's own width when embeddings are pretrained
+    fusion: Literal["concat", "add"] = "concat"
+    time_embedding: bool = True
+    self_conditioning: bool = True
+    x0_from: Literal["logits", "body"] = "logits"  # hat x0: expected embedding under the logits, or the body's output
+
+
+@dataclass
+class DiffusionConfig:
+    """The forward process and the loss."""
+
+    schedule: Literal["cosine", "sqrt"] = "cosine"
+    num_timesteps: int = 1000  # T: the x_1 term is at t = 1/T
+    noise_scale: float = 4.0
+    timesteps_per_caption: int = 1
+    restore_loss: Literal["l1", "l2"] = "l2"
+    restore_weight: float = 0.0  # weight of |hat x0 - x0| at the drawn timesteps
+    first_step_weight: float = 0.0  # weight of the restore term at t = 1/T (the paper's x_1 term)
+    rounding_weight: float = 1.0  # lambda
+    self_conditioning_rate: float = 0.5
+    image_drop_rate: float = 0.1  # share of samples trained without their image (classifier-free guidance)
+
+
+@dataclass
+class SamplerConfig:
+    """How captions are drawn from the trained denoiser."""
+
+    name: Literal["ddim", "x0_feedback"] = "ddim"
+    num_inference_steps: int = 10
+    guidance_scale: float = 1.0  # 1 = no guidance
+    time_difference: float = 0.0  # the denoiser is told t + this (asymmetric time intervals)
+    eta: float = 0.0  # 0 = DDIM, 1 = DDPM
+    candidates: int = 1  # captions drawn per image; the one nearest to the others is kept
+    remove_repeats: bool = False  # drop a word that repeats the one before it
+    seed: int = 0
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its learning rate, per step."""
+
+    learning_rate: float = 1e-4
+    final_learning_rate: float = 5e-5  # where linear, log and cosine end
+    schedule: Literal["constant", "linear", "log", "cosine"] = "cosine"
+    warmup_steps: int = 100
+    beta1: float = 0.9
+    beta2: float = 0.98
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+
+
+@dataclass
+class TrainingConfig:
+    """The run: how long, how spread, how often it looks up."""
+
+    num_steps: int = 10000
+    global_batch_size: int = 256  # photos per optimizer step, over all ranks
+    micro_batch_size: int = 0  # photos per forward on one rank; 0 = the whole share of the rank
+    zero_stage: int = 1
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    ema_decay: float = 0.999
+    log_every: int = 10
+    validate_every: int = 500
+    validation_images: int = 256  # photos per validation (loss, and BLEU of their captions)
+    save_every: int = 1000
+    keep_last: int = 2
+
+
+@dataclass
+class Config:
+    """A whole experiment."""
+
+    run_dir: str = "???"
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        for message in _conflicts(self):
+            raise ConfigError(message)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Defaults < ``path`` < ``overrides`` (``key.sub=value``). Raises ConfigError naming the setting."""
+    if not path.is_file():
+        raise ConfigError(f"no such config file: {path}")
+    for word in overrides:
+        if not re.fullmatch(r"[\w.]+=.*", word, flags=re.DOTALL):
+            raise ConfigError(f"{word!r} is not a setting; write key.sub=value, e.g. training.num_steps=100")
+    try:
+        from_file, from_words = OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
+        merged = OmegaConf.merge(OmegaConf.structured(Config), from_file, from_words)
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error, path)) from error
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Every setting, defaults included, as YAML that ``load_config`` reads back."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+
+
+def differences(old: Config, new: Config, ignoring: frozenset[str] = frozenset()) -> list[str]:
+    """``key: old -> new`` for each setting that differs, but for those in ``ignoring``."""
+    before, after = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
+    return [f"{k}: {before[k]!r} -> {after[k]!r}" for k in before if before[k] != after[k] and k not in ignoring]
+
+
+def _conflicts(config: Config) -> list[str]:
+    model, training, data = config.model, config.training, config.data
+    checks = {
+        f"model.width={model.width} is not a multiple of model.num_heads={model.num_heads}": model.width
+        % model.num_heads,
+        f"training.zero_stage={training.zero_stage}; DeepSpeed knows 0, 1, 2 and 3": training.zero_stage
+        not in (0, 1, 2, 3),
+        f"data.max_length={data.max_length}; at least 2 (one word and [SEP])": data.max_length < 2,
+        "all loss weights are zero: set diffusion.rounding_weight or diffusion.restore_weight": not (
+            config.diffusion.rounding_weight or config.diffusion.restore_weight
+        ),
+        f"sampler.num_inference_steps={config.sampler.num_inference_steps}; at least 1": (
+            config.sampler.num_inference_steps < 1
+        ),
+        f"training.ema_decay={training.ema_decay}; it lies in [0, 1)": not 0 <= training.ema_decay < 1,
+        "diffusion.first_step_weight needs diffusion.num_timesteps >= 1": config.diffusion.num_timesteps < 1,
+    }
+    return [message for message, wrong in checks.items() if wrong]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+def _explain(error: OmegaConfBaseException, path: Path) -> str:
+    key = str(error.full_key or "")
+    known = list(_flatten(OmegaConf.to_container(OmegaConf.structured(Config))))  # type: ignore[arg-type]
+    message = str(error).splitlines()[0]
+    if key and key not in known:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        suggestion = f"; did you mean {near[0]!r}?" if near else ""
+        return f"unknown setting {key!r}{suggestion} (file {path} and the words after it)"
+    if "mandatory" in message.lower() or "missing" in message.lower():
+        return f"setting {key!r} has no default: give it in {path} or as {key}=VALUE"
+    return f"setting {key!r}: {message}"

@@ -1,0 +1,124 @@
+"""The order of samples: pure arithmetic from one integer, no I/O, no state.
+
+In: sample counts per shard, a seed and a position p = 0, 1, 2, ... (samples over the whole run). Out: which
+(epoch, shard, sample) stands at p, and which positions a rank takes. The answer never depends on the number of
+nodes, ranks or workers, so ``samples_seen`` is the whole state of a run's data.
+
+Every random choice about a sample comes from ``draw(seed, purpose, ...)``: a hash, not a stream of random numbers,
+so any of them can be asked for at any time, in any process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+_MASK = (1 << 64) - 1
+
+
+def draw(seed: int, purpose: str, *numbers: int) -> int:
+    """A 63-bit integer that is a pure function of its arguments (splitmix64 chained over them).
+
+    ``purpose`` keeps unrelated choices apart: the caption of sample 7 and its noise must not share bits.
+    """
+    state = _purpose_key(purpose) ^ (seed & _MASK)
+    for number in (0, *numbers):
+        state = (state + 0x9E3779B97F4A7C15 + (number & _MASK)) & _MASK
+        z = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+        state = z ^ (z >> 31)
+    return state >> 1
+
+
+def draw_uniform(seed: int, purpose: str, *numbers: int) -> float:
+    """``draw`` as a float in [0, 1)."""
+    return draw(seed, purpose, *numbers) / (1 << 63)
+
+
+@lru_cache
+def _purpose_key(purpose: str) -> int:
+    return int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "big")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the sample of a position lies: ``sample`` counts inside ``shard``."""
+
+    epoch: int
+    shard: int
+    sample: int
+
+
+class SampleOrder:
+    """position -> Place, a window at a time: memory O(shards + windows in use), never O(samples).
+
+    An epoch permutes the shards, lays their samples in one line, cuts the line into C = ``canonical_spans`` equal
+    spans (the first ``N mod C`` are one longer) and shuffles each span in windows of ``shuffle_window`` samples.
+    Position q of the epoch is element ``q // C`` of span ``q mod C``; the last, incomplete row is dealt to the
+    longer spans, so each epoch holds each sample exactly once. A rank of W takes positions p = rank (mod W): where W
+    divides C and C divides N it only ever touches its own spans.
+    """
+
+    def __init__(
+        self, counts: Sequence[int], seed: int, canonical_spans: int = 64, shuffle_window: int = 4096
+    ) -> None:
+        self.counts = np.asarray(counts, dtype=np.int64)
+        if self.counts.ndim != 1 or (self.counts < 0).any() or self.counts.sum() == 0:
+            raise ValueError(f"need at least one sample in the shards; got sample counts {list(counts)[:8]}")
+        if canonical_spans < 1 or shuffle_window < 1:
+            raise ValueError(
+                f"canonical_spans ({canonical_spans}) and shuffle_window ({shuffle_window}) must be at least 1"
+            )
+        self.seed = seed
+        self.canonical_spans = canonical_spans
+        self.shuffle_window = shuffle_window
+        self.num_samples = int(self.counts.sum())
+        # Kept per instance (an lru_cache on a method would keep every instance alive).
+        self._line = lru_cache(maxsize=2)(self._make_line)
+        self._window = lru_cache(maxsize=2 * canonical_spans)(self._make_window)
+
+    def sample_at(self, position: int) -> Place:
+        """The place of position >= 0; O(1) in the position (amortised over a window)."""
+        if position < 0:
+            raise ValueError(f"position {position} is negative")
+        epoch, q = divmod(position, self.num_samples)
+        element, span = divmod(q, self.canonical_spans)
+        window, offset = divmod(element, self.shuffle_window)
+        on_line = self._span_start(span) + window * self.shuffle_window
+        on_line += int(self._window(epoch, span, window)[offset])
+        shard_order, ends = self._line(epoch)
+        slot = int(np.searchsorted(ends, on_line, side="right"))
+        start = int(ends[slot - 1]) if slot else 0
+        return Place(epoch, int(shard_order[slot]), on_line - start)
+
+    def _span_start(self, span: int) -> int:
+        length, longer = divmod(self.num_samples, self.canonical_spans)
+        return span * length + min(span, longer)
+
+    def _make_line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        shard_order = np.random.default_rng(draw(self.seed, "shards", epoch)).permutation(len(self.counts))
+        return shard_order, np.cumsum(self.counts[shard_order])
+
+    def _make_window(self, epoch: int, span: int, window: int) -> np.ndarray:
+        span_length = self._span_start(span + 1) - self._span_start(span)
+        length = min(self.shuffle_window, span_length - window * self.shuffle_window)
+        return np.random.default_rng(draw(self.seed, "window", epoch, span, window)).permutation(length)
+
+
+def rank_positions(start: int, rank: int, world_size: int) -> Iterator[int]:
+    """Endless positions of ``rank`` from global position ``start`` (a multiple of world_size) on."""
+    if start % world_size:
+        raise ValueError(f"start position {start} is not a multiple of the number of ranks {world_size}")
+    position = start + rank
+    while True:
+        yield position
+        position += world_size
+
+
+def evaluation_positions(num_samples: int, rank: int, world_size: int) -> range:
+    """The exact share of ``rank``: no padding, no duplicate, no sample lost."""
+    return range(rank, num_samples, world_size)

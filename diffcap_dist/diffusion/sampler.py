@@ -1,0 +1,75 @@
+"""Samplers: from noise x_T to clean caption embeddings, each a pure function of a denoising function.
+
+In: ``denoise(x_BLD, t, previous_x0_BLD) -> hat x0_BLD`` with t a float in (0, 1], and x_T. Out: the last hat x0_BLD.
+``on_step(step, t, x0_hat_BLD)`` sees every estimate on the way (the report draws captions emerging with it). Nothing
+here knows of images, tokens or guidance: those live in the function passed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from diffcap_dist.diffusion.schedule import NoiseSchedule
+
+Denoise = Callable[[Tensor, float, Tensor | None], Tensor]
+OnStep = Callable[[int, float, Tensor], None]
+Noise = Callable[[int], Tensor]
+
+
+def ddim(
+    denoise: Denoise,
+    x_BLD: Tensor,
+    schedule: NoiseSchedule,
+    num_inference_steps: int,
+    *,
+    time_difference: float = 0.0,
+    eta: float = 0.0,
+    noise: Noise | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """DDIM (Song et al. 2020, arXiv:2010.02502, eq. 12 and 16) on a uniform grid of times from 1 to 0.
+
+    ``eta`` 0 is deterministic, 1 is the ancestral DDPM sampler; with eta > 0, ``noise(step)`` gives the fresh Gaussian
+    noise_BLD of a step. ``time_difference`` tells the denoiser min(1, t + difference): asymmetric time intervals
+    (Chen et al. 2022, arXiv:2208.04202, section 3.3).
+    """
+    if num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps is {num_inference_steps}; at least 1 is needed")
+    if eta > 0 and noise is None:
+        raise ValueError(f"eta is {eta}: a source of fresh noise is needed")
+    x0_BLD = None
+    times = torch.linspace(1.0, 0.0, num_inference_steps + 1, dtype=torch.float64)
+    alpha_bars = schedule.alpha_bar(times).tolist()
+    for step in range(num_inference_steps):
+        t, alpha_bar, next_alpha_bar = times[step].item(), alpha_bars[step], alpha_bars[step + 1]
+        x0_BLD = denoise(x_BLD, min(1.0, t + time_difference), x0_BLD)
+        if on_step is not None:
+            on_step(step, t, x0_BLD)
+        noise_BLD = (x_BLD - alpha_bar**0.5 * x0_BLD) / (1 - alpha_bar) ** 0.5
+        variance = eta**2 * (1 - next_alpha_bar) / (1 - alpha_bar) * (1 - alpha_bar / next_alpha_bar)
+        variance = min(max(0.0, variance), 1 - next_alpha_bar)
+        x_BLD = next_alpha_bar**0.5 * x0_BLD + (1 - next_alpha_bar - variance) ** 0.5 * noise_BLD
+        if variance > 0 and noise is not None:
+            x_BLD = x_BLD + variance**0.5 * noise(step)
+    assert x0_BLD is not None
+    return x0_BLD
+
+
+def x0_feedback(
+    denoise: Denoise, x_BLD: Tensor, num_inference_steps: int, *, on_step: OnStep | None = None
+) -> Tensor:
+    """The paper's inference: hat x0 is fed straight back as the next input, without noise (section 5).
+
+    The published denoiser has no time input; one that has is told t = 1 - step / steps.
+    """
+    if num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps is {num_inference_steps}; at least 1 is needed")
+    for step in range(num_inference_steps):
+        t = 1.0 - step / num_inference_steps
+        x_BLD = denoise(x_BLD, t, None)
+        if on_step is not None:
+            on_step(step, t, x_BLD)
+    return x_BLD

@@ -1,0 +1,202 @@
+"""The denoiser: noised caption embeddings, times and image features -> what the clean embeddings were.
+
+In: x_BLD, t_B in [0, 1], ``ImageFeatures`` (a pooled vector, and patch tokens where the run has them). Out:
+hidden_BLD, from which ``logits`` and ``clean_estimate`` (hat x0) are read. It holds the embedding table, which gives
+x_0 of a caption and, transposed, the logits of the rounding term. The body is DistilBERT's transformer, of any size.
+Knows no schedule, no loss and no sampler.
+
+Letters: B rows, N photos, L caption length, D embedding width, H body width, V vocabulary, F feature width, P patches.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, DistilBertConfig, DistilBertModel
+
+from diffcap_dist.config import ModelConfig
+
+TIME_FREQUENCIES = 64
+DISTILBERT_INIT = (0.02, 768)  # DistilBERT's initial std, and the width it was chosen for
+
+
+class ImageFeatures(NamedTuple):
+    """Features of N photos: pooled_NF, and patches_NPF or None."""
+
+    pooled_NF: Tensor
+    patches_NPF: Tensor | None = None
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> ImageFeatures:
+        return ImageFeatures(*(None if f is None else f.to(device, dtype, non_blocking=True) for f in self))
+
+
+class Denoiser(nn.Module):
+    """mu(x_t, t, image) of the paper's section 4, with what later work adds as settings of ``ModelConfig``."""
+
+    def __init__(
+        self, config: ModelConfig, vocab_size: int, max_length: int, feature_widths: tuple[int, int | None]
+    ) -> None:
+        super().__init__()
+        pooled_width, patch_width = feature_widths
+        if config.fusion == "add" and patch_width:
+            raise ValueError("model.fusion=add takes the pooled feature only: set encoder.patches=false")
+        self.config, self.vocab_size, self.max_length = config, vocab_size, max_length
+        table_VD = _embedding_table(config, vocab_size)
+        if config.train_embeddings:
+            self.word_embeddings = nn.Parameter(table_VD)
+        else:
+            self.register_buffer("word_embeddings", table_VD)
+        self.embedding_dim = table_VD.shape[1]
+        self.body = _body(config)
+        H = self.body.config.dim
+        self.pooled_projection = nn.Sequential(nn.LayerNorm(pooled_width), nn.Linear(pooled_width, H))
+        self.patch_projection = (
+            nn.Sequential(nn.LayerNorm(patch_width), nn.Linear(patch_width, H)) if patch_width else None
+        )
+        self.no_image = nn.Parameter(torch.zeros(H))
+        self.segments = nn.Embedding(2, H)  # caption, image (section 5.5)
+        self.time_mlp = (
+            nn.Sequential(nn.Linear(TIME_FREQUENCIES, H), nn.SiLU(), nn.Linear(H, H)) if config.time_embedding else None
+        )
+        # The paper feeds x_t to the body as it is; that needs D = H and no second input.
+        inputs = self.embedding_dim * (2 if config.self_conditioning else 1)
+        self.input_projection = nn.Identity() if inputs == H else nn.Linear(inputs, H)
+        self.output_projection = nn.Linear(H, self.embedding_dim) if inputs != H else nn.Identity()
+        self._init_new_weights()
+
+    def embed(self, ids_BL: Tensor) -> Tensor:
+        """Clean embeddings x0_BLD of caption ids."""
+        return nn.functional.embedding(ids_BL, self.embedding_matrix())
+
+    def embedding_matrix(self) -> Tensor:
+        """The table_VD. A trained one is normalised per word to unit variance: it can't collapse or run away."""
+        if self.config.train_embeddings:
+            return nn.functional.layer_norm(self.word_embeddings, (self.embedding_dim,))
+        return self.word_embeddings
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        t_B: Tensor,
+        image: ImageFeatures,
+        previous_x0_BLD: Tensor | None = None,
+        image_dropped_N: Tensor | None = None,
+    ) -> Tensor:
+        """hidden_BLD at the caption positions. B is a multiple of the N photos: rows of one photo stand together.
+
+        ``previous_x0_BLD`` is an earlier estimate (self-conditioning; Chen et al. 2022, arXiv:2208.04202), zeros where
+        there is none. Where ``image_dropped_N`` is True the photo is hidden from its rows.
+        """
+        B, L, D = x_BLD.shape
+        num_photos = image.pooled_NF.shape[0]
+        if L != self.max_length or D != self.embedding_dim or t_B.shape != (B,) or B % num_photos:
+            raise ValueError(
+                f"expected x of shape (B, {self.max_length}, {self.embedding_dim}), t of shape (B,), and B a multiple "
+                f"of the photos; got x {tuple(x_BLD.shape)}, t {tuple(t_B.shape)}, {num_photos} photos"
+            )
+        if self.config.self_conditioning:
+            previous = torch.zeros_like(x_BLD) if previous_x0_BLD is None else previous_x0_BLD.to(x_BLD.dtype)
+            x_BLD = torch.cat([x_BLD, previous], dim=-1)
+        tokens_BLH = self.input_projection(x_BLD) + self.segments.weight[0]
+        image_BPH = self._image_tokens(image, image_dropped_N).repeat_interleave(B // num_photos, dim=0)
+        if self.config.fusion == "add":
+            tokens_BLH = tokens_BLH + image_BPH
+        else:
+            tokens_BLH = torch.cat([tokens_BLH, image_BPH + self.segments.weight[1]], dim=1)
+        if self.time_mlp is not None:
+            tokens_BLH = tokens_BLH + self.time_mlp(_sinusoids(t_B).to(x_BLD.dtype))[:, None]
+        hidden_BLH = self.body.transformer(self.body.embeddings(inputs_embeds=tokens_BLH)).last_hidden_state
+        return self.output_projection(hidden_BLH[:, :L])
+
+    def rounding_input(self, hidden_BLD: Tensor) -> Tensor:
+        """What is multiplied with the embedding matrix to give logits."""
+        if self.config.x0_from == "body":
+            return hidden_BLD
+        return hidden_BLD * self.embedding_dim**-0.5  # unit-variance words: keeps the first logits near N(0, 1)
+
+    def logits(self, hidden_BLD: Tensor) -> Tensor:
+        """logits_BLV, materialised: for sampling, not for training."""
+        return self.rounding_input(hidden_BLD) @ self.embedding_matrix().T.to(hidden_BLD.dtype)
+
+    def clean_estimate(self, hidden_BLD: Tensor) -> Tensor:
+        """hat x0_BLD: the expected embedding under the logits (Dieleman et al. 2022, arXiv:2211.15089, section 3.1),
+        or the body's output itself (the paper)."""
+        if self.config.x0_from == "body":
+            return hidden_BLD
+        probability_BLV = self.logits(hidden_BLD).float().softmax(dim=-1)
+        return (probability_BLV @ self.embedding_matrix().float()).to(hidden_BLD.dtype)
+
+    def _image_tokens(self, image: ImageFeatures, dropped_N: Tensor | None) -> Tensor:
+        tokens_NPH = self.pooled_projection(image.pooled_NF)[:, None]
+        if self.patch_projection is not None:
+            if image.patches_NPF is None:
+                raise ValueError("this denoiser was built with patch tokens (encoder.patches); the features have none")
+            tokens_NPH = torch.cat([tokens_NPH, self.patch_projection(image.patches_NPF)], dim=1)
+        if dropped_N is None:
+            return tokens_NPH
+        return torch.where(dropped_N[:, None, None], self.no_image, tokens_NPH)
+
+    def _init_new_weights(self) -> None:
+        for module in (self.pooled_projection, self.patch_projection, self.time_mlp):
+            for layer in module.modules() if module is not None else ():
+                if isinstance(layer, nn.Linear):
+                    nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.segments.weight, std=0.02)
+
+
+def _sinusoids(t_B: Tensor) -> Tensor:
+    """Sines and cosines of 1000 t, (B, TIME_FREQUENCIES) (Vaswani et al. 2017; Ho et al. 2020)."""
+    half = TIME_FREQUENCIES // 2
+    frequency = torch.exp(-math.log(10000.0) * torch.arange(half, device=t_B.device) / (half - 1))
+    angle = 1000.0 * t_B.float()[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+def _body(config: ModelConfig) -> DistilBertModel:
+    if config.body == "random":
+        std, at_width = DISTILBERT_INIT
+        body = DistilBertModel(
+            DistilBertConfig(
+                vocab_size=1,
+                dim=config.width,
+                n_layers=config.num_layers,
+                n_heads=config.num_heads,
+                hidden_dim=config.ffn_width,
+                dropout=config.dropout,
+                attention_dropout=config.dropout,
+                initializer_range=std * math.sqrt(at_width / config.width),
+            )
+        )
+    else:
+        body = _pretrained(config.body, "model.body", dropout=config.dropout, attention_dropout=config.dropout)
+    body.embeddings.word_embeddings = nn.Identity()  # ours is the only table
+    return body
+
+
+def _embedding_table(config: ModelConfig, vocab_size: int) -> Tensor:
+    if config.embeddings == "random":
+        return torch.randn(vocab_size, config.embedding_dim)
+    table_VD = _pretrained(config.embeddings, "model.embeddings").embeddings.word_embeddings.weight.detach().clone()
+    if table_VD.shape[0] != vocab_size:
+        raise ValueError(
+            f"model.embeddings={config.embeddings} has {table_VD.shape[0]} words, the tokenizer {vocab_size}: "
+            "set data.tokenizer to the same name"
+        )
+    return table_VD
+
+
+def _pretrained(name: str, setting: str, **overrides: float) -> DistilBertModel:
+    try:
+        model = AutoModel.from_pretrained(name, **overrides)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{setting}={name!r} is neither a local folder nor reachable: {str(error).strip().splitlines()[0]}\n"
+            f"On a machine with network run:  hf download {name}   and copy the Hugging Face cache here, or set "
+            f"{setting} to a local folder, or to 'random'."
+        ) from error
+    if not isinstance(model, DistilBertModel):
+        raise ValueError(f"{setting}={name!r} is a {type(model).__name__}; a DistilBERT is expected")
+    return model
