@@ -1,8 +1,8 @@
-"""`diffcap train CONFIG key=value ...`: train a denoiser, on one process or on the ranks a launcher made.
+"""`diffcap train CONFIG key=value ...`: train a denoiser, in one process or on the ranks that a launcher made.
 
-In: a config and shards. Out: a run directory with metrics, checkpoints and exported weights. The same command again
-continues the run. `deepspeed --module diffcap_dist.train CONFIG` and `torchrun -m diffcap_dist.train CONFIG` run the
-same function.
+In: a config and shards. Out: a run directory with metrics, checkpoints and the exported captioner. The same command
+again continues the run. `deepspeed --module diffcap_dist.train CONFIG` and `torchrun -m diffcap_dist.train CONFIG` run
+this same function.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from diffcap_dist.config import Config, load_config
 from diffcap_dist.data.captions import CaptionTokenizer
 from diffcap_dist.data.stream import Batch, CaptionStream, ShardReader, all_records
 from diffcap_dist.diffusion.objective import DiffusionObjective, Draws
-from diffcap_dist.evaluation.captioner import Captioner, export_weights, load_tokenizer
+from diffcap_dist.evaluation.captioner import Captioner, export_captioner, feature_identity
 from diffcap_dist.evaluation.validation import Validation
 from diffcap_dist.model.denoiser import Denoiser, ImageFeatures
+from diffcap_dist.model.image_encoder import ImageEncoder, slug
 from diffcap_dist.run_dir import RunDir
 from diffcap_dist.training import checkpoint, distributed
 from diffcap_dist.training.checkpoint import TrainState
@@ -45,3 +45,328 @@ from diffcap_dist.training.learning_rate import learning_rate
 from diffcap_dist.training.preemption import StopFlag
 
 log = logging.getLogger("diffcap")
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss is NaN or infinite; the last good checkpoint is kept."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="diffcap train", description=__doc__)
+    parser.add_argument("config", type=Path, help="a YAML of settings, e.g. configs/demo.yaml")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="e.g. training.num_steps=100")
+    parser.add_argument(
+        "--local_rank", help=argparse.SUPPRESS
+    )  # the deepspeed launcher adds it; LOCAL_RANK says it
+    args = parser.parse_intermixed_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    config = load_config(args.config, args.settings)
+    ranks = distributed.init_ranks()
+    try:
+        Trainer(config, ranks).train()
+    finally:
+        distributed.finish()
+    return 0
+
+
+@dataclass
+class Data:
+    """What the run reads, opened and checked before anything is built."""
+
+    train: ShardReader
+    val: ShardReader
+    tokenizer: CaptionTokenizer
+    encoder: ImageEncoder | None  # None: features are read
+    feature_widths: tuple[int, int | None]
+
+
+class Trainer:
+    """One run: built once, then ``train()``. Every step of the road is a method; the loop reads as an outline."""
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        self.run_dir = RunDir(config.run_dir)
+        if ranks.is_first:
+            self.run_dir.begin(config)
+        distributed.barrier()
+        self.split: BatchSplit = split_batch(config.training, ranks.world_size)
+        self.dtype, self.precision_reason = choose_precision(config.training.precision, ranks.device)
+        self.data = build_data(config, self.run_dir, ranks)
+        torch.manual_seed(config.seed)  # the same first weights on every rank
+        denoiser = Denoiser(
+            config.model, self.data.tokenizer.vocab_size, config.data.max_length, self.data.feature_widths
+        )
+        self.objective = DiffusionObjective(denoiser, config.diffusion)
+        self.parameters = {
+            "trainable": sum(p.numel() for p in self.objective.parameters() if p.requires_grad),
+            "frozen": sum(p.numel() for p in self.objective.parameters() if not p.requires_grad)
+            + sum(b.numel() for b in self.objective.buffers() if b.is_floating_point())
+            + (sum(p.numel() for p in self.data.encoder.parameters()) if self.data.encoder else 0),
+        }
+        self.engine = build_engine(
+            self.objective, config.training, config.optimizer, self.split, self.dtype, ranks
+        )
+        self.ema = EMA(self.engine.module, config.training.ema_decay)
+        self.state: TrainState = checkpoint.load_latest(
+            self.engine, self.ema, self.run_dir.checkpoints, ranks
+        )
+        self.stream = CaptionStream(
+            self.data.train,
+            self.data.tokenizer,
+            config.data,
+            config.seed,
+            self.split.micro,
+            ranks.rank,
+            ranks.world_size,
+        )
+        self.stream.load_state_dict({"samples_seen": self.state.samples_seen})
+        self.validation = Validation(
+            self.data.val,
+            self.data.tokenizer,
+            self.data.encoder,
+            ranks,
+            config.training.validation_images,
+            config.seed,
+        )
+        self.captioner = Captioner(denoiser, config, self.data.tokenizer)
+        self.stop = StopFlag().install()
+        self.metrics = Metrics(self.run_dir, ranks)
+
+    def train(self) -> None:
+        """The loop: batches -> loss -> step -> log, validate, save when due."""
+        training = self.config.training
+        if self.ranks.is_first:
+            self._say_everything()
+        if self.state.step >= training.num_steps:
+            log.info("already trained to step %d; nothing to do", self.state.step)
+            return
+        batches = iter(self.stream)
+        started = time.perf_counter() - self.state.seconds
+        with self._progress_bar() as bar:
+            while self.state.step < training.num_steps:
+                terms, grad_norm = self._step(batches)
+                self.state.step += 1
+                self.state.samples_seen += self.split.total
+                self.state.seconds = time.perf_counter() - started
+                stopped_by = self._agree_to_go_on(terms)
+                step, last = self.state.step, self.state.step == training.num_steps
+                if step % training.log_every == 0 or last:
+                    self.metrics.training(self.state, terms, grad_norm, self._rate(step - 1), bar)
+                else:
+                    bar.update()
+                if step % training.validate_every == 0 or last:
+                    self._validate(bar)
+                if step % training.save_every == 0 or last or stopped_by or self.state.best_step == step:
+                    self._save()
+                if stopped_by:
+                    log.info("stopped by %s at step %d, saved; the same command continues", stopped_by, step)
+                    return
+        if self.ranks.is_first:
+            log.info("trained to step %d; captioner in %s", self.state.step, self.run_dir.export)
+
+    def _step(self, batches: Iterator[Batch]) -> tuple[dict[str, float], float]:
+        """One optimizer step over the accumulated micro batches: (mean loss terms of this rank, gradient norm)."""
+        config, step = self.config, self.state.step
+        self.engine.train()
+        set_learning_rate(self.engine, self._rate(step))
+        if config.model.dropout:  # the only randomness that is not a function of the position
+            torch.manual_seed(hash((config.seed, step, self.ranks.rank)) & 0x7FFFFFFF)
+        sums: dict[str, torch.Tensor] = {}
+        for _ in range(self.split.accumulation):
+            batch = next(batches)
+            terms = self.engine(
+                batch.ids_NCL.to(self.ranks.device), self._features(batch), self._draws(batch, step)
+            )
+            self.engine.backward(terms["loss"])
+            self.engine.step()  # updates at the last micro batch only
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0.0) + term.detach().float()
+        self.ema.update(step)
+        grad_norm = self.engine.get_global_grad_norm()
+        means = {name: (total / self.split.accumulation).item() for name, total in sums.items()}
+        return means, float(grad_norm) if grad_norm is not None else math.nan
+
+    def _features(self, batch: Batch) -> ImageFeatures:
+        if self.data.encoder is not None:
+            assert batch.images_NCHW is not None
+            pooled_NF, patches_NPF = self.data.encoder(
+                batch.images_NCHW.to(self.ranks.device, non_blocking=True)
+            )
+            patches = patches_NPF if self.config.encoder.patches else None
+            return ImageFeatures(pooled_NF, patches).to(self.ranks.device, self.dtype)
+        assert batch.pooled_NF is not None
+        return ImageFeatures(batch.pooled_NF, batch.patches_NPF).to(self.ranks.device, self.dtype)
+
+    def _draws(self, batch: Batch, step: int) -> Draws:
+        config, denoiser = self.config, self.objective.denoiser
+        rows = config.data.captions_per_image * config.diffusion.timesteps_per_caption
+        shape = (denoiser.max_length, denoiser.embedding_dim)
+        return Draws.at(batch.positions, rows, shape, config.seed, step, config.diffusion, self.ranks.device)
+
+    def _agree_to_go_on(self, terms: dict[str, float]) -> str | None:
+        """Every rank learns of any rank's signal or NaN at this step boundary; NonFiniteLoss on all of them."""
+        flags = [float(self.stop.requested is not None), float(not math.isfinite(terms["loss"]))]
+        stop, not_finite = distributed.largest(flags, self.ranks.device)
+        if not_finite:
+            raise NonFiniteLoss(
+                f"the loss is not finite at step {self.state.step}. The last checkpoint in {self.run_dir.checkpoints} is "
+                "good; lower optimizer.learning_rate or optimizer.max_grad_norm, or set training.precision=fp32"
+            )
+        return (self.stop.requested or "a signal to another rank") if stop else None
+
+    def _validate(self, bar: tqdm) -> None:
+        self.engine.eval()
+        with self.ema.swapped():
+            scores = self.validation.run(self.engine.module, self.captioner, self.dtype)
+            is_best = scores["bleu_4"] > self.state.best_bleu_4
+            if is_best:
+                self.state.best_bleu_4, self.state.best_step = scores["bleu_4"], self.state.step
+                weights = full_state(self.engine.module.denoiser)
+                if self.ranks.is_first:
+                    self._export(weights, scores)
+        self.metrics.validation(self.state, scores, bar)
+
+    def _export(self, weights: dict[str, torch.Tensor], scores: dict[str, float]) -> None:
+        about = {
+            "step": self.state.step,
+            "validation": scores,
+            "feature_widths": self.data.feature_widths,
+            **feature_identity(self.data.train.feature_info, self.data.encoder),
+        }
+        export_captioner(
+            self.run_dir.export, weights, self.objective.denoiser, self.config, self.data.tokenizer, about
+        )
+
+    def _save(self) -> None:
+        checkpoint.save(
+            self.engine,
+            self.ema,
+            self.state,
+            self.run_dir.checkpoints,
+            self.ranks,
+            self.config.training.keep_last,
+        )
+
+    def _rate(self, step: int) -> float:
+        return learning_rate(step, self.config.training.num_steps, self.config.optimizer)
+
+    def _progress_bar(self) -> tqdm:
+        return tqdm(
+            total=self.config.training.num_steps,
+            initial=self.state.step,
+            disable=not self.ranks.is_first,
+            unit="step",
+            dynamic_ncols=True,
+        )
+
+    def _say_everything(self) -> None:
+        """Every derived number, once, at the start."""
+        training, photos = self.config.training, sum(self.data.train.counts)
+        seen = "features " + self.config.data.features if self.config.data.features else "the encoder, online"
+        facts = {
+            "run": str(self.run_dir.root)
+            + (f", continued at step {self.state.step}" if self.state.step else ""),
+            "parameters": f"{self.parameters['trainable']:,} trainable, {self.parameters['frozen']:,} frozen",
+            "data": f"{photos:,} photos in {len(self.data.train.shards)} shards, {self.data.train.bytes / 1e6:,.1f} MB; "
+            f"photos seen through {seen}; vocabulary {self.data.tokenizer.vocab_size:,}",
+            "batch": f"{self.split.total} photos = {self.split.micro} x {self.split.accumulation} accumulated x "
+            f"{self.split.world_size} ranks; {photos / self.split.total:.1f} steps per epoch, "
+            f"{training.num_steps * self.split.total / photos:.1f} epochs",
+            "precision": f"{str(self.dtype).removeprefix('torch.')} ({self.precision_reason})",
+            "spread": f"ZeRO stage {training.zero_stage} over {self.ranks.world_size} ranks on {self.ranks.device.type}, "
+            f"{torch.get_num_threads()} threads each",
+        }
+        for name, value in facts.items():
+            log.info("%-11s %s", name, value)
+        self.run_dir.log({"kind": "start", "step": self.state.step, **facts})
+
+
+class Metrics:
+    """Where numbers go: metrics.jsonl, TensorBoard, the progress bar. Rank 0 writes; all ranks enter."""
+
+    def __init__(self, run_dir: RunDir, ranks: Ranks) -> None:
+        self.run_dir, self.ranks = run_dir, ranks
+        self._board: Any = None
+        self._since = (0.0, 0)
+        if ranks.is_first:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run_dir.tensorboard))
+
+    def training(
+        self, state: TrainState, terms: dict[str, float], grad_norm: float, rate: float, bar: tqdm
+    ) -> None:
+        means = distributed.mean(list(terms.values()), self.ranks.device)
+        if not self.ranks.is_first:
+            return
+        seconds, samples = self._since
+        # The first interval of a start holds only what this start did.
+        speed = (state.samples_seen - samples) / max(1e-9, state.seconds - seconds) if samples else math.nan
+        self._since = (state.seconds, state.samples_seen)
+        record = dict(zip(terms, means)) | {
+            "learning_rate": rate,
+            "grad_norm": grad_norm,
+            "samples_per_second": speed,
+            "seconds": state.seconds,
+        }
+        self._write("training", state.step, record)
+        shown = {name: f"{value:.3f}" for name, value in zip(terms, means)} | {"lr": f"{rate:.1e}"}
+        bar.set_postfix(shown | ({"photos/s": f"{speed:.0f}"} if samples else {}), refresh=False)
+        bar.update(state.step - bar.n)
+
+    def validation(self, state: TrainState, scores: dict[str, float], bar: tqdm) -> None:
+        if self.ranks.is_first:
+            self._write("validation", state.step, scores)
+            text = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+            bar.write(
+                f"step {state.step}: {text}" + (" (best so far)" if state.best_step == state.step else "")
+            )
+
+    def _write(self, kind: str, step: int, record: dict[str, float]) -> None:
+        self.run_dir.log({"kind": kind, "step": step, **record})
+        for name, value in record.items():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+        self._board.flush()
+
+
+def build_data(config: Config, run_dir: RunDir, ranks: Ranks) -> Data:
+    """Readers, tokenizer and, without stored features, the encoder. Raises ValueError where they don't fit together."""
+    data, encoder = config.data, None
+    if not data.features:
+        encoder = ImageEncoder(config.encoder.name, config.encoder.pretrained).to(ranks.device)
+    transform = encoder.transform if encoder else None
+    directory = Path(data.shards)
+    readers = [
+        ShardReader(directory, split, data.features, config.encoder.patches, transform)
+        for split in (data.train_split, data.val_split)
+    ]
+    info = readers[0].feature_info
+    if encoder is not None:
+        widths = (encoder.pooled_dim, encoder.patches_shape[1] if config.encoder.patches else None)
+    else:
+        assert info is not None
+        expected = slug(config.encoder.name, config.encoder.pretrained)
+        if info.weights_sha256 is not None and info.name != expected:
+            raise ValueError(
+                f"data.features={info.name} were made by encoder {info.source}; this run's encoder is {expected} "
+                f"(encoder.name={config.encoder.name}, encoder.pretrained={config.encoder.pretrained}): use one of them"
+            )
+        widths = (info.pooled_dim, info.patches[1] if config.encoder.patches and info.patches else None)
+    return Data(readers[0], readers[1], build_tokenizer(config, readers[0], run_dir, ranks), encoder, widths)
+
+
+def build_tokenizer(config: Config, reader: ShardReader, run_dir: RunDir, ranks: Ranks) -> CaptionTokenizer:
+    """The tokenizer of the run: made or fetched by rank 0 at the first start, then read from the run directory."""
+    if ranks.is_first and not (run_dir.tokenizer / "tokenizer.json").exists():
+        if config.data.tokenizer == "words":
+            captions = (caption for _, record in all_records(reader) for caption in record["captions"])
+            tokenizer = CaptionTokenizer.from_captions(captions, config.data.min_word_count)
+        else:
+            tokenizer = CaptionTokenizer.load(config.data.tokenizer)
+        tokenizer.save(run_dir.tokenizer)
+    distributed.barrier()
+    return CaptionTokenizer.load(str(run_dir.tokenizer))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

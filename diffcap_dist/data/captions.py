@@ -27,9 +27,9 @@ class CaptionTokenizer:
         if missing:
             raise ValueError(f"the tokenizer has no {', '.join(missing)}; a BERT-style tokenizer is expected")
         self.tokenizer = tokenizer
-        self.pad_id = int(tokenizer.convert_tokens_to_ids(PAD))
-        self.unk_id = int(tokenizer.convert_tokens_to_ids(UNK))
-        self.sep_id = int(tokenizer.convert_tokens_to_ids(SEP))
+        self.pad_id: int = tokenizer.convert_tokens_to_ids(PAD)  # type: ignore[assignment]
+        self.unk_id: int = tokenizer.convert_tokens_to_ids(UNK)  # type: ignore[assignment]
+        self.sep_id: int = tokenizer.convert_tokens_to_ids(SEP)  # type: ignore[assignment]
         self.vocab_size = len(tokenizer)
 
     @classmethod
@@ -39,7 +39,7 @@ class CaptionTokenizer:
         Raises ValueError with the command that fetches it when it can't be found.
         """
         try:
-            return cls(AutoTokenizer.from_pretrained(name))
+            return cls(AutoTokenizer.from_pretrained(name))  # type: ignore[arg-type]
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"tokenizer {name!r} is neither a local folder nor reachable: {_first_line(error)}\n"
@@ -81,7 +81,7 @@ class CaptionTokenizer:
         texts = []
         for row in np.asarray(ids_BL).tolist():
             end = row.index(self.sep_id) if self.sep_id in row else len(row)
-            texts.append(self.tokenizer.decode([i for i in row[:end] if i not in special]).strip())
+            texts.append(str(self.tokenizer.decode([i for i in row[:end] if i not in special])).strip())
         return texts
 
 

@@ -54,7 +54,12 @@ class ShardReader:
     """Random access to the photos of a split: mmaps, opened when first touched (and so once per worker)."""
 
     def __init__(
-        self, directory: Path, split: str, features: str = "", patches: bool = False, transform: Transform | None = None
+        self,
+        directory: Path,
+        split: str,
+        features: str = "",
+        patches: bool = False,
+        transform: Transform | None = None,
     ) -> None:
         index = ShardIndex.load(directory)
         self.directory = directory
@@ -112,14 +117,27 @@ class _Positions(Dataset):
     """position -> (position, photo, caption ids): the map-style view that loader workers share."""
 
     def __init__(
-        self, reader: ShardReader, order: SampleOrder, tokenizer: CaptionTokenizer, config: DataConfig, seed: int
+        self,
+        reader: ShardReader,
+        order: SampleOrder,
+        tokenizer: CaptionTokenizer,
+        config: DataConfig,
+        seed: int,
     ) -> None:
-        self.reader, self.order, self.tokenizer, self.config, self.seed = reader, order, tokenizer, config, seed
+        self.reader, self.order, self.tokenizer, self.config, self.seed = (
+            reader,
+            order,
+            tokenizer,
+            config,
+            seed,
+        )
 
     def __getitem__(self, position: int) -> tuple[int, Photo, Tensor]:
         place = self.order.sample_at(position)
         photo = self.reader.photo(place.shard, place.sample)
-        captions = chosen_captions(photo.record["captions"], self.config.captions_per_image, self.seed, position)
+        captions = chosen_captions(
+            photo.record["captions"], self.config.captions_per_image, self.seed, position
+        )
         ids_CL, _ = self.tokenizer.encode(captions, self.config.max_length)
         return position, photo, torch.from_numpy(ids_CL)
 

@@ -30,7 +30,10 @@ class ImageFeatures(NamedTuple):
     patches_NPF: Tensor | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> ImageFeatures:
-        return ImageFeatures(*(None if f is None else f.to(device, dtype, non_blocking=True) for f in self))
+        pooled_NF = self.pooled_NF.to(device, dtype, non_blocking=True)
+        if self.patches_NPF is None:
+            return ImageFeatures(pooled_NF)
+        return ImageFeatures(pooled_NF, self.patches_NPF.to(device, dtype, non_blocking=True))
 
 
 class Denoiser(nn.Module):
@@ -59,7 +62,9 @@ class Denoiser(nn.Module):
         self.no_image = nn.Parameter(torch.zeros(H))
         self.segments = nn.Embedding(2, H)  # caption, image (section 5.5)
         self.time_mlp = (
-            nn.Sequential(nn.Linear(TIME_FREQUENCIES, H), nn.SiLU(), nn.Linear(H, H)) if config.time_embedding else None
+            nn.Sequential(nn.Linear(TIME_FREQUENCIES, H), nn.SiLU(), nn.Linear(H, H))
+            if config.time_embedding
+            else None
         )
         # The paper feeds x_t to the body as it is; that needs D = H and no second input.
         inputs = self.embedding_dim * (2 if config.self_conditioning else 1)
@@ -108,32 +113,37 @@ class Denoiser(nn.Module):
             tokens_BLH = torch.cat([tokens_BLH, image_BPH + self.segments.weight[1]], dim=1)
         if self.time_mlp is not None:
             tokens_BLH = tokens_BLH + self.time_mlp(_sinusoids(t_B).to(x_BLD.dtype))[:, None]
-        hidden_BLH = self.body.transformer(self.body.embeddings(inputs_embeds=tokens_BLH)).last_hidden_state
+        hidden_BLH = self.body.transformer(self.body.embeddings(None, inputs_embeds=tokens_BLH)).last_hidden_state
         return self.output_projection(hidden_BLH[:, :L])
 
     def rounding_input(self, hidden_BLD: Tensor) -> Tensor:
         """What is multiplied with the embedding matrix to give logits."""
         if self.config.x0_from == "body":
             return hidden_BLD
-        return hidden_BLD * self.embedding_dim**-0.5  # unit-variance words: keeps the first logits near N(0, 1)
+        return (
+            hidden_BLD * self.embedding_dim**-0.5
+        )  # unit-variance words: keeps the first logits near N(0, 1)
 
     def logits(self, hidden_BLD: Tensor) -> Tensor:
         """logits_BLV, materialised: for sampling, not for training."""
         return self.rounding_input(hidden_BLD) @ self.embedding_matrix().T.to(hidden_BLD.dtype)
 
-    def clean_estimate(self, hidden_BLD: Tensor) -> Tensor:
+    def clean_estimate(self, hidden_BLD: Tensor, logits_BLV: Tensor | None = None) -> Tensor:
         """hat x0_BLD: the expected embedding under the logits (Dieleman et al. 2022, arXiv:2211.15089, section 3.1),
-        or the body's output itself (the paper)."""
+        or the body's output itself (the paper). ``logits_BLV`` saves computing them where the caller has them."""
         if self.config.x0_from == "body":
             return hidden_BLD
-        probability_BLV = self.logits(hidden_BLD).float().softmax(dim=-1)
+        logits_BLV = self.logits(hidden_BLD) if logits_BLV is None else logits_BLV
+        probability_BLV = logits_BLV.float().softmax(dim=-1)
         return (probability_BLV @ self.embedding_matrix().float()).to(hidden_BLD.dtype)
 
     def _image_tokens(self, image: ImageFeatures, dropped_N: Tensor | None) -> Tensor:
         tokens_NPH = self.pooled_projection(image.pooled_NF)[:, None]
         if self.patch_projection is not None:
             if image.patches_NPF is None:
-                raise ValueError("this denoiser was built with patch tokens (encoder.patches); the features have none")
+                raise ValueError(
+                    "this denoiser was built with patch tokens (encoder.patches); the features have none"
+                )
             tokens_NPH = torch.cat([tokens_NPH, self.patch_projection(image.patches_NPF)], dim=1)
         if dropped_N is None:
             return tokens_NPH
@@ -171,15 +181,22 @@ def _body(config: ModelConfig) -> DistilBertModel:
             )
         )
     else:
-        body = _pretrained(config.body, "model.body", dropout=config.dropout, attention_dropout=config.dropout)
-    body.embeddings.word_embeddings = nn.Identity()  # ours is the only table
+        body = _pretrained(
+            config.body, "model.body", dropout=config.dropout, attention_dropout=config.dropout
+        )
+    body.embeddings.word_embeddings = nn.Identity()  # type: ignore[assignment]  # ours is the only table
     return body
 
 
 def _embedding_table(config: ModelConfig, vocab_size: int) -> Tensor:
     if config.embeddings == "random":
-        return torch.randn(vocab_size, config.embedding_dim)
-    table_VD = _pretrained(config.embeddings, "model.embeddings").embeddings.word_embeddings.weight.detach().clone()
+        # Every word equally long: the nearest word and the likeliest word are then the same.
+        return nn.functional.layer_norm(
+            torch.randn(vocab_size, config.embedding_dim), (config.embedding_dim,)
+        )
+    table_VD = (
+        _pretrained(config.embeddings, "model.embeddings").embeddings.word_embeddings.weight.detach().clone()
+    )
     if table_VD.shape[0] != vocab_size:
         raise ValueError(
             f"model.embeddings={config.embeddings} has {table_VD.shape[0]} words, the tokenizer {vocab_size}: "

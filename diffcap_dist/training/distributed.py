@@ -36,7 +36,12 @@ class Ranks:
 
 def init_ranks() -> Ranks:
     """Join the process group (once per process) and take this rank's share of cores or its GPU."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+    }.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
     local_rank, world_size = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
@@ -60,14 +65,18 @@ def finish() -> None:
 
 def largest(values: Sequence[float], device: torch.device) -> list[float]:
     """Element-wise maximum over ranks: how one rank's flag reaches all of them at the same step."""
-    tensor = torch.tensor(values, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+    tensor = torch.tensor(
+        values, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device
+    )
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor.tolist()
 
 
 def mean(values: Sequence[float], device: torch.device) -> list[float]:
     """Element-wise mean over ranks."""
-    tensor = torch.tensor(values, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+    tensor = torch.tensor(
+        values, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device
+    )
     dist.all_reduce(tensor)
     return (tensor / dist.get_world_size()).tolist()
 

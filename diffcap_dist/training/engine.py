@@ -60,7 +60,10 @@ def choose_precision(setting: str, device: torch.device) -> tuple[torch.dtype, s
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, f"auto: {torch.cuda.get_device_name(device)} has native bf16"
         return torch.float32, f"auto: {torch.cuda.get_device_name(device)} has no native bf16"
-    return torch.float32, "auto: a CPU (small matrices gain little from bf16, and emulated it is 100 times slower)"
+    return (
+        torch.float32,
+        "auto: a CPU (small matrices gain little from bf16, and emulated it is 100 times slower)",
+    )
 
 
 def deepspeed_config(
@@ -105,7 +108,9 @@ def build_engine(
         weight_decay=optimizer.weight_decay,
     )
     config = deepspeed_config(training, optimizer, split, dtype)
-    engine, *_ = deepspeed.initialize(model=objective, optimizer=adamw, config=config, dist_init_required=False)
+    engine, *_ = deepspeed.initialize(
+        model=objective, optimizer=adamw, config=config, dist_init_required=False
+    )
     return engine
 
 
@@ -129,7 +134,8 @@ def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of ``module``, whole, fp32, on the CPU. All ranks enter; one parameter at a time."""
-    state = {name: buffer.detach().float().cpu() for name, buffer in module.named_buffers()}
+    saved = module.state_dict().keys()
+    state = {name: buffer.detach().float().cpu() for name, buffer in module.named_buffers() if name in saved}
     for name, parameter in module.named_parameters():
         with gathered([parameter]):
             state[name] = parameter.detach().float().cpu().clone()

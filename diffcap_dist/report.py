@@ -1,0 +1,553 @@
+"""`diffcap report RUN`: what a run trained, scored and wrote, as one page, `RUN/report.html`.
+
+In: a run directory (config.yaml, metrics.jsonl, scores.json, predictions/) and the shards its pictures lie in. Out: one
+self-contained HTML file: no script, no link to anything outside. What the run does not have is said on the page. It
+computes no score of its own but the facts of shown captions; the page's words and looks are in report.html.j2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import difflib
+import io
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jinja2
+from PIL import Image
+
+from diffcap_dist.config import Config
+from diffcap_dist.data.shard_format import ShardIndex, atomic_write, open_shard
+from diffcap_dist.evaluation.scene_facts import Scene, judge
+from diffcap_dist.run_dir import RunDir
+
+NUM_EMERGENCES = 6
+NUM_GALLERY = 24
+PICTURE_EDGE = 400  # pixels; larger photos are embedded smaller, they are shown at 160 CSS pixels
+
+# key, name, what it is, how it is written
+SCORES = (
+    ("bleu_1", "BLEU-1", "words that a reference has too", "{:.3f}"),
+    ("bleu_2", "BLEU-2", "and pairs of words", "{:.3f}"),
+    ("bleu_3", "BLEU-3", "and runs of three", "{:.3f}"),
+    ("bleu_4", "BLEU-4", "and runs of four: wording and order", "{:.3f}"),
+    ("cider_d", "CIDEr-D", "telling words weigh more (papers print it × 100)", "{:.2f}"),
+    ("rouge_l", "ROUGE-L", "longest common word sequence", "{:.3f}"),
+    ("scene_accuracy", "Scene accuracy", "of the facts stated, the share true of the picture", "{:.1%}"),
+    ("scene_all_true", "All facts true", "captions that state nothing false", "{:.1%}"),
+    ("objects_mentioned", "Objects mentioned", "of the picture's objects, the share named", "{:.1%}"),
+)
+FORMATS = {key: how for key, _, _, how in SCORES}
+
+T = TypeVar("T")
+Points = list[tuple[float, float | None]]  # (step, value); None: not finite
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="diffcap report", description="Write RUN/report.html and print its path.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    try:
+        print(write_report(RunDir(parser.parse_args(argv).run)))
+    except (ValueError, OSError) as error:
+        print(f"diffcap report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def write_report(run: RunDir) -> Path:
+    """Write the page of ``run``; returns its path. Raises ValueError when ``run`` is no run directory."""
+    atomic_write(run.report, render(read_run(run)).encode())
+    return run.report
+
+
+# ---- what the run has ----
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the shards know of a photo."""
+
+    picture: str | None  # a data: URI; None: the shards have captions only
+    captions: list[str]
+    scene: Scene | None
+
+
+@dataclass(frozen=True)
+class RunData:
+    """All that the page is made of; ``missing`` says, by section, what the run lacks."""
+
+    folder: Path
+    config: Config
+    config_text: str
+    training: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    scores: dict[str, Any]
+    predictions: list[dict[str, Any]]  # those of the gallery
+    emergences: list[dict[str, Any]]
+    samples: dict[str, Sample]
+    missing: dict[str, str]
+
+
+def read_run(run: RunDir) -> RunData:
+    config, missing = run.load_config(), {}
+    records = list(run.read_metrics())
+    if not records:
+        missing["metrics"] = "No metrics.jsonl in this run: it has not been trained yet."
+    scores: dict[str, Any] = {}
+    if run.scores.is_file():
+        scores = json.loads(run.scores.read_text(encoding="utf-8"))
+    else:
+        missing["scores"] = "No scores.json in this run: it has not been evaluated yet."
+    split = scores.get("split", "test")
+    predictions, emergences = _read_captions(run, split, missing)
+    samples: dict[str, Sample] = {}
+    wanted = {entry["key"] for entry in [*predictions, *emergences]}
+    try:
+        samples = read_samples(Path(config.data.shards), split, wanted) if wanted else {}
+    except ValueError as error:
+        missing["pictures"] = f"The pictures could not be read: {error}."
+    return RunData(
+        folder=run.root,
+        config=config,
+        config_text=run.config.read_text(encoding="utf-8"),
+        training=last_of_each_step(records, "train"),
+        validation=last_of_each_step(records, "validation"),
+        scores=scores,
+        predictions=predictions,
+        emergences=emergences,
+        samples=samples,
+        missing=missing,
+    )
+
+
+def last_of_each_step(records: Iterable[Mapping[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Records of one kind by step; a resumed run logs a step twice, and the last line counts."""
+    by_step = {record["step"]: dict(record) for record in records if record.get("kind") == kind}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def read_samples(directory: Path, split: str, keys: set[str]) -> dict[str, Sample]:
+    """Pictures, captions and scenes of ``keys``. Raises ValueError naming the keys that the split does not have."""
+    found: dict[str, Sample] = {}
+    for info in ShardIndex.load(directory).split(split):
+        shard = open_shard(directory, info)
+        for number in range(len(shard)):
+            if (key := shard.key(number)) in keys:
+                record, data = shard.record(number), shard.image_bytes(number)
+                found[key] = Sample(picture_uri(data) if data else None, record["captions"], record.get("scene"))
+        shard.close()
+    if lost := sorted(keys - found.keys()):
+        raise ValueError(
+            f"{len(lost)} captioned photos, such as {lost[0]!r}, are not in split {split!r} of {directory}"
+        )
+    return found
+
+
+def picture_uri(data: bytes) -> str:
+    """The picture as a data: URI, its own bytes when it is small enough."""
+    picture: Image.Image = Image.open(io.BytesIO(data))
+    mime = Image.MIME[str(picture.format)]
+    if max(picture.size) > PICTURE_EDGE:
+        picture = picture.convert("RGB")
+        picture.thumbnail((PICTURE_EDGE, PICTURE_EDGE))
+        small = io.BytesIO()
+        picture.save(small, "JPEG", quality=88)
+        data, mime = small.getvalue(), "image/jpeg"
+    return f"data:{mime};base64,{base64.b64encode(data).decode()}"
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """``count`` items evenly spaced over all (all of them when there are fewer)."""
+    return [items[i * len(items) // count] for i in range(count)] if len(items) > count else list(items)
+
+
+def _read_captions(
+    run: RunDir, split: str, missing: dict[str, str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    predictions, emergences = run.predictions / f"{split}.jsonl", run.predictions / "emergence.json"
+    for section, path in (("predictions", predictions), ("emergence", emergences)):
+        if not path.is_file():
+            missing[section] = f"No predictions/{path.name} in this run: evaluate it to fill this part."
+    lines = [] if "predictions" in missing else predictions.read_text(encoding="utf-8").splitlines()
+    drafts = [] if "emergence" in missing else json.loads(emergences.read_text(encoding="utf-8"))
+    return [json.loads(line) for line in spread(lines, NUM_GALLERY)], drafts[:NUM_EMERGENCES]
+
+
+# ---- scores ----
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One headline number; ``marks`` and ``fill`` are per cent along its bar."""
+
+    label: str
+    value: str
+    note: str
+    fill: float | None = None
+    marks: dict[str, float] = field(default_factory=dict)
+
+
+def tiles(scores: Mapping[str, Any]) -> list[Tile]:
+    third = "scene_accuracy" if "scene_accuracy" in scores else "rouge_l"
+    gap = scores.get("gap_closed")
+    return [
+        *(score_tile(key, scores) for key in ("bleu_4", "cider_d", third)),
+        Tile(
+            "Gap closed",
+            written(gap, "{:.0%}"),
+            "of the way in BLEU-4 from the floor to a person",
+            None if gap is None else min(100.0, max(0.0, 100 * gap)),
+        ),
+        Tile("Denoising steps", written(scores.get("num_inference_steps")), _sampler_note(scores)),
+        Tile("Captions per second", written(scores.get("captions_per_second"), "{:.1f}"), _ranks_note(scores)),
+        Tile("Held-out pictures", written(scores.get("photos"), "{:,}"), f"the {scores.get('split', 'test')} split"),
+        Tile("Time", duration(scores.get("seconds")), scores.get("seconds_of", "as scores.json records it")),
+    ]
+
+
+def score_tile(key: str, scores: Mapping[str, Any]) -> Tile:
+    """A score with the floor and human ones as marks on its bar, which ends at the largest of them."""
+    name = next(name for known, name, _, _ in SCORES if known == key)
+    others = {row: scores.get(row, {}).get(key) for row in ("floor", "human")}
+    note = " · ".join(f"{row} {written(value, FORMATS[key])}" for row, value in others.items())
+    value = scores.get(key)
+    numbers = {row: number for row, number in others.items() if number is not None}
+    top = max([*numbers.values(), value or 0.0])
+    if value is None or top <= 0:
+        return Tile(name, written(value, FORMATS[key]), note)
+    marks = {row: 100 * number / top for row, number in numbers.items()}
+    return Tile(name, written(value, FORMATS[key]), note, 100 * value / top, marks)
+
+
+def score_rows(scores: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
+    """(score, what it is, its value for each of ``compared(scores)``); scores that nobody has are left out."""
+    columns = [scores if who == "model" else scores.get(who, {}) for who in compared(scores)]
+    return [
+        (name, meaning, [written(column.get(key), how) for column in columns])
+        for key, name, meaning, how in SCORES
+        if any(key in column for column in columns)
+    ]
+
+
+def compared(scores: Mapping[str, Any]) -> list[str]:
+    return ["floor", *(["retrieval"] if "retrieval" in scores else []), "model", "human"]
+
+
+def written(value: float | None, how: str = "{}") -> str:
+    return "–" if value is None else how.format(value)
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _sampler_note(scores: Mapping[str, Any]) -> str:
+    return (
+        f"guidance {written(scores.get('guidance_scale'))} · candidates per picture {written(scores.get('candidates'))}"
+    )
+
+
+def _ranks_note(scores: Mapping[str, Any]) -> str:
+    ranks = scores.get("world_size")
+    return "rank count not recorded" if ranks is None else f"on {ranks} rank{'s' if ranks != 1 else ''} together"
+
+
+# ---- curves: geometry here, SVG in the template ----
+
+CHART_WIDTH, CHART_HEIGHT = 400, 236
+LEFT, RIGHT, TOP, BOTTOM = 44.0, 392.0, 12.0, 208.0  # of the plot, in the chart's own units
+MOST_POINTS = 240
+
+
+@dataclass(frozen=True)
+class Curve:
+    name: str
+    last: str
+    path: str  # SVG path data
+    dots: list[tuple[float, float, str]]  # x, y, what a pointer over it reads
+
+
+@dataclass(frozen=True)
+class Chart:
+    title: str
+    note: str
+    curves: list[Curve] = field(default_factory=list)
+    levels: list[tuple[str, str, float]] = field(default_factory=list)  # name, value, y
+    x_ticks: list[tuple[float, str]] = field(default_factory=list)
+    y_ticks: list[tuple[float, str]] = field(default_factory=list)
+
+
+def charts(data: RunData) -> list[Chart]:
+    second = "scene_accuracy" if any("scene_accuracy" in line for line in data.validation) else "cider_d"
+    terms = {name: points(data.training, name) for name in ("loss", "rounding", "restore")}
+    if terms["rounding"] == terms["loss"]:
+        del terms["rounding"]  # the loss has that term only
+    return [
+        chart(
+            "Loss",
+            "training loss, its terms, and the validation loss (at fixed timesteps and noise)",
+            {**terms, "validation": points(data.validation, "val_loss")},
+        ),
+        score_chart("bleu_4", data),
+        score_chart(second, data),
+        chart("Learning rate", "per optimizer step", {"learning rate": points(data.training, "learning_rate")}),
+        chart("Throughput", "samples per second", {"samples/s": points(data.training, "samples_per_second")}),
+        chart("Gradient norm", "before clipping", {"norm": points(data.training, "grad_norm")}),
+    ]
+
+
+def score_chart(key: str, data: RunData) -> Chart:
+    name = next(name for known, name, _, _ in SCORES if known == key)
+    levels = {row: data.scores[row][key] for row in ("floor", "human") if key in data.scores.get(row, {})}
+    note = "quick validation; dashed: floor and human on the scored split" if levels else "quick validation"
+    return chart(f"{name} while training", note, {name: points(data.validation, key)}, levels)
+
+
+def points(records: Iterable[Mapping[str, Any]], key: str) -> Points:
+    return [(record["step"], record[key]) for record in records if key in record]
+
+
+def chart(title: str, note: str, curves: Mapping[str, Points], levels: Mapping[str, float] | None = None) -> Chart:
+    """Curves over steps, with horizontal ``levels``; both axes start at 0 and end at a round number."""
+    curves = {name: thinned(points) for name, points in curves.items() if any(y is not None for _, y in points)}
+    if not curves:
+        return Chart(title, note)
+    levels = levels or {}
+    x_ticks = round_ticks(max(x for points in curves.values() for x, _ in points))
+    y_ticks = round_ticks(
+        max([y for points in curves.values() for _, y in points if y is not None] + [*levels.values()])
+    )
+    x_scale, y_scale = (RIGHT - LEFT) / x_ticks[-1], (BOTTOM - TOP) / y_ticks[-1]
+    return Chart(
+        title,
+        note,
+        [
+            curve(name, [(x, y, LEFT + x * x_scale, BOTTOM - (y or 0) * y_scale) for x, y in points])
+            for name, points in curves.items()
+        ],
+        [(name, compact(y), BOTTOM - y * y_scale) for name, y in levels.items()],
+        [(LEFT + x * x_scale, compact(x)) for x in x_ticks],
+        [(BOTTOM - y * y_scale, compact(y)) for y in y_ticks],
+    )
+
+
+def curve(name: str, placed: Sequence[tuple[float, float | None, float, float]]) -> Curve:
+    """A path through (step, value, x, y), broken where there is no value; few points are dotted as well."""
+    path, pen_down = "", False
+    for _, value, x, y in placed:
+        if value is not None:
+            path += f"{'L' if pen_down else 'M'}{x:.1f} {y:.1f}"
+        pen_down = value is not None
+    known = [(step, value, x, y) for step, value, x, y in placed if value is not None]
+    dots = [(x, y, f"step {step:.0f}: {compact(value)}") for step, value, x, y in known]
+    return Curve(name, compact(known[-1][1]), path, dots if len(dots) <= 40 else [])
+
+
+def thinned(points: Points, most: int = MOST_POINTS) -> Points:
+    """At most ``most`` points, each the mean of its neighbours, so that a long run is still a small page."""
+    size = math.ceil(len(points) / most)
+    groups = [points[start : start + size] for start in range(0, len(points), size)] if size > 1 else []
+    return [_mean_point(group) for group in groups] or points
+
+
+def round_ticks(top: float) -> list[float]:
+    """0 and 3 to 5 more round numbers, the last at or above ``top``."""
+    if top <= 0:
+        return [0.0, 1.0]
+    power = 10.0 ** math.floor(math.log10(top / 4))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor * 5 >= top * (1 - 1e-9))
+    return [i * step for i in range(math.ceil(top / step * (1 - 1e-9)) + 1)]
+
+
+def compact(value: float) -> str:
+    """A number in few characters: 0.41, 1.5k, 5e-5."""
+    if value and abs(value) < 0.001:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def _mean_point(group: Points) -> tuple[float, float | None]:
+    values = [y for _, y in group if y is not None]
+    return sum(x for x, _ in group) / len(group), sum(values) / len(values) if values else None
+
+
+# ---- captions ----
+
+
+@dataclass(frozen=True)
+class Word:
+    text: str
+    changed: bool
+    opacity: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One draft of a caption: how much noise is left, and its words."""
+
+    step: int
+    t: float
+    words: list[Word]
+
+
+@dataclass(frozen=True)
+class Card:
+    """A photo with its caption, what is true of it, and what people wrote; ``rows``: how the caption came to be."""
+
+    key: str
+    caption: str
+    references: list[str]
+    picture: str | None
+    facts: tuple[int, int] | None  # (true, stated); None: no ground truth
+    rows: list[Row] = field(default_factory=list)
+
+
+def gallery_cards(data: RunData) -> list[Card]:
+    return [
+        _card(entry["key"], entry["caption"], data.samples.get(entry["key"]), entry["references"])
+        for entry in data.predictions
+    ]
+
+
+def emergence_cards(data: RunData) -> list[Card]:
+    return [
+        _card(entry["key"], entry["drafts"][-1]["caption"], data.samples.get(entry["key"]), rows=draft_rows(entry))
+        for entry in data.emergences
+        if entry["drafts"]
+    ]
+
+
+def draft_rows(entry: Mapping[str, Any]) -> list[Row]:
+    """The drafts of one photo; a word is ``changed`` when the draft before did not have it there."""
+    rows, before = [], None
+    for draft in entry["drafts"]:
+        words = draft["caption"].split()
+        confidence = draft.get("confidence", [1.0] * len(words))
+        if len(confidence) != len(words):
+            raise ValueError(
+                f"predictions/emergence.json, key {entry['key']!r}, step {draft['step']}: {len(words)} words but "
+                f"{len(confidence)} confidences; expected one per word. Evaluate the run again"
+            )
+        changed = changed_words(before, words) if before is not None else set()
+        rows.append(
+            Row(
+                draft["step"],
+                draft["t"],
+                [Word(word, i in changed, opacity(confidence[i])) for i, word in enumerate(words)],
+            )
+        )
+        before = words
+    return rows
+
+
+def changed_words(before: Sequence[str], after: Sequence[str]) -> set[int]:
+    """Places in ``after`` of words that a shortest edit from ``before`` puts there."""
+    edits = difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
+    return {place for kind, _, _, start, end in edits if kind != "equal" for place in range(start, end)}
+
+
+def opacity(confidence: float) -> float:
+    """A doubtful word is faint, but can still be read."""
+    return round(0.42 + 0.58 * min(1.0, max(0.0, confidence)), 2)
+
+
+def _card(
+    key: str,
+    caption: str,
+    sample: Sample | None,
+    references: list[str] | None = None,
+    rows: list[Row] | None = None,
+) -> Card:
+    scene = sample.scene if sample else None
+    judgement = judge(caption, scene) if scene else None
+    if references is None:
+        references = sample.captions if sample else []
+    return Card(
+        key,
+        caption,
+        references,
+        sample.picture if sample else None,
+        (judgement.facts_true, judgement.facts_stated) if judgement else None,
+        rows or [],
+    )
+
+
+# ---- setup ----
+
+
+def settings(config: Config, scores: Mapping[str, Any]) -> dict[str, str]:
+    """The settings a reader asks for first; all others stand in the config below them."""
+    data, model, diffusion, training = config.data, config.model, config.diffusion, config.training
+    optimizer, encoder = config.optimizer, config.encoder
+    return {
+        "Shards": data.shards + (f", features {data.features}" if data.features else ", encoder online"),
+        "Encoder (frozen)": encoder.name + (f", {encoder.pretrained}" if encoder.pretrained else ""),
+        "Denoiser": f"{model.num_layers} layers × {model.width}, {model.num_heads} heads, {model.body} body",
+        "Words": f"{data.tokenizer} tokenizer, {data.max_length} tokens, {model.embedding_dim}-d embeddings",
+        "Noise": f"{diffusion.schedule} schedule, {diffusion.num_timesteps} timesteps, scale {diffusion.noise_scale:g}",
+        "Loss weights": f"rounding {diffusion.rounding_weight:g}, restore {diffusion.restore_weight:g}",
+        "Optimizer": f"AdamW, {optimizer.learning_rate:g}, {optimizer.schedule}, warm-up {optimizer.warmup_steps}",
+        "Training": f"{training.num_steps:,} steps of {training.global_batch_size} photos, EMA {training.ema_decay:g}",
+        "DeepSpeed": f"ZeRO stage {training.zero_stage}, {training.precision} precision",
+        "Scored": f"step {written(scores.get('step'))} on {written(scores.get('world_size'))} rank(s)",
+        "Seed": str(config.seed),
+    }
+
+
+def commands(folder: Path) -> str:
+    return "\n".join(
+        [
+            f"diffcap train {folder}/config.yaml        # again, or on from where it stopped",
+            f"diffcap evaluate --run {folder}           # scores.json, predictions/",
+            f"diffcap report {folder}                   # this page",
+            f"diffcap caption --run {folder} photo.jpg  # a caption for your own picture",
+        ]
+    )
+
+
+# ---- the page ----
+
+
+def render(data: RunData) -> str:
+    """The whole page; every text in it is escaped."""
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    template = environment.from_string(files("diffcap_dist").joinpath("report.html.j2").read_text(encoding="utf-8"))
+    return template.render(
+        name=data.folder.resolve().name,
+        steps=data.scores.get("num_inference_steps", data.config.sampler.num_inference_steps),
+        scores=data.scores,
+        missing=data.missing,
+        tiles=tiles(data.scores),
+        compared=compared(data.scores),
+        score_rows=score_rows(data.scores),
+        charts=charts(data),
+        plot={"width": CHART_WIDTH, "height": CHART_HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM},
+        emergences=emergence_cards(data),
+        gallery=gallery_cards(data),
+        settings=settings(data.config, data.scores),
+        config_text=data.config_text,
+        commands=commands(data.folder),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
