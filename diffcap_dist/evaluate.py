@@ -80,8 +80,9 @@ def evaluate(
     gathered = distributed.gather_to_first((captions, records, seconds), ranks)
     if gathered is None:
         return None
-    captions = {key: text for part, _, _ in gathered for key, text in part.items()}
-    records = {key: record for _, part, _ in gathered for key, record in part.items()}
+    # Sorted: sums of floats, and so the scores, must not depend on which rank captioned what.
+    captions = dict(sorted(item for part, _, _ in gathered for item in part.items()))
+    records = {key: next(part[key] for _, part, _ in gathered if key in part) for key in captions}
     slowest = max(seconds for _, _, seconds in gathered)
     scores = {
         "split": split,

@@ -51,13 +51,9 @@ Points = list[tuple[float, float | None]]  # (step, value); None: not finite
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="diffcap report", description="Write RUN/report.html and print its path.")
+    parser = argparse.ArgumentParser(prog="diffcap report", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
-    try:
-        print(write_report(RunDir(parser.parse_args(argv).run)))
-    except (ValueError, OSError) as error:
-        print(f"diffcap report: {error}", file=sys.stderr)
-        return 2
+    print(write_report(RunDir(parser.parse_args(argv).run)))
     return 0
 
 
@@ -86,12 +82,13 @@ class RunData:
     folder: Path
     config: Config
     config_text: str
+    start: dict[str, str]  # what the last start of training derived and printed
     training: list[dict[str, Any]]
     validation: list[dict[str, Any]]
     scores: dict[str, Any]
-    predictions: list[dict[str, Any]]  # those of the gallery
+    predictions: dict[str, dict[str, Any]]  # by key, in the file's order
     emergences: list[dict[str, Any]]
-    samples: dict[str, Sample]
+    samples: dict[str, Sample]  # of the photos that are shown
     missing: dict[str, str]
 
 
@@ -100,24 +97,23 @@ def read_run(run: RunDir) -> RunData:
     records = list(run.read_metrics())
     if not records:
         missing["metrics"] = "No metrics.jsonl in this run: it has not been trained yet."
-    scores: dict[str, Any] = {}
-    if run.scores.is_file():
-        scores = json.loads(run.scores.read_text(encoding="utf-8"))
-    else:
+    scores = json.loads(run.scores.read_text(encoding="utf-8")) if run.scores.is_file() else {}
+    if not scores:
         missing["scores"] = "No scores.json in this run: it has not been evaluated yet."
     split = scores.get("split", "test")
     predictions, emergences = _read_captions(run, split, missing)
+    shown = {*spread(list(predictions), NUM_GALLERY), *(entry["key"] for entry in emergences)}
     samples: dict[str, Sample] = {}
-    wanted = {entry["key"] for entry in [*predictions, *emergences]}
     try:
-        samples = read_samples(Path(config.data.shards), split, wanted) if wanted else {}
+        samples = read_samples(Path(config.data.shards), split, shown) if shown else {}
     except ValueError as error:
         missing["pictures"] = f"The pictures could not be read: {error}."
     return RunData(
         folder=run.root,
         config=config,
         config_text=run.config.read_text(encoding="utf-8"),
-        training=last_of_each_step(records, "train"),
+        start=_start_facts(records),
+        training=last_of_each_step(records, "training"),
         validation=last_of_each_step(records, "validation"),
         scores=scores,
         predictions=predictions,
@@ -170,14 +166,20 @@ def spread(items: Sequence[T], count: int) -> list[T]:
 
 def _read_captions(
     run: RunDir, split: str, missing: dict[str, str]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     predictions, emergences = run.predictions / f"{split}.jsonl", run.predictions / "emergence.json"
     for section, path in (("predictions", predictions), ("emergence", emergences)):
         if not path.is_file():
             missing[section] = f"No predictions/{path.name} in this run: evaluate it to fill this part."
     lines = [] if "predictions" in missing else predictions.read_text(encoding="utf-8").splitlines()
     drafts = [] if "emergence" in missing else json.loads(emergences.read_text(encoding="utf-8"))
-    return [json.loads(line) for line in spread(lines, NUM_GALLERY)], drafts[:NUM_EMERGENCES]
+    entries = [json.loads(line) for line in lines]
+    return {entry["key"]: entry for entry in entries}, drafts[:NUM_EMERGENCES]
+
+
+def _start_facts(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    starts = [record for record in records if record.get("kind") == "start"]
+    return {name: fact for name, fact in starts[-1].items() if name not in ("kind", "step", "run")} if starts else {}
 
 
 # ---- scores ----
@@ -194,7 +196,7 @@ class Tile:
     marks: dict[str, float] = field(default_factory=dict)
 
 
-def tiles(scores: Mapping[str, Any]) -> list[Tile]:
+def tiles(scores: Mapping[str, Any], training_seconds: float | None) -> list[Tile]:
     third = "scene_accuracy" if "scene_accuracy" in scores else "rouge_l"
     gap = scores.get("gap_closed")
     return [
@@ -208,7 +210,7 @@ def tiles(scores: Mapping[str, Any]) -> list[Tile]:
         Tile("Denoising steps", written(scores.get("num_inference_steps")), _sampler_note(scores)),
         Tile("Captions per second", written(scores.get("captions_per_second"), "{:.1f}"), _ranks_note(scores)),
         Tile("Held-out pictures", written(scores.get("photos"), "{:,}"), f"the {scores.get('split', 'test')} split"),
-        Tile("Time", duration(scores.get("seconds")), scores.get("seconds_of", "as scores.json records it")),
+        Tile("Time", duration(scores.get("seconds")), _time_note(scores, training_seconds)),
     ]
 
 
@@ -226,18 +228,24 @@ def score_tile(key: str, scores: Mapping[str, Any]) -> Tile:
     return Tile(name, written(value, FORMATS[key]), note, 100 * value / top, marks)
 
 
+def compared(scores: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The columns of the score table; retrieval may have several, each with its own name."""
+    return {
+        "floor": scores.get("floor", {}),
+        **scores.get("retrieval", {}),
+        "model": scores,
+        "human": scores.get("human", {}),
+    }
+
+
 def score_rows(scores: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
-    """(score, what it is, its value for each of ``compared(scores)``); scores that nobody has are left out."""
-    columns = [scores if who == "model" else scores.get(who, {}) for who in compared(scores)]
+    """(score, what it is, its value in each column); scores that nobody has are left out."""
+    columns = compared(scores).values()
     return [
         (name, meaning, [written(column.get(key), how) for column in columns])
         for key, name, meaning, how in SCORES
         if any(key in column for column in columns)
     ]
-
-
-def compared(scores: Mapping[str, Any]) -> list[str]:
-    return ["floor", *(["retrieval"] if "retrieval" in scores else []), "model", "human"]
 
 
 def written(value: float | None, how: str = "{}") -> str:
@@ -263,6 +271,16 @@ def _sampler_note(scores: Mapping[str, Any]) -> str:
 def _ranks_note(scores: Mapping[str, Any]) -> str:
     ranks = scores.get("world_size")
     return "rank count not recorded" if ranks is None else f"on {ranks} rank{'s' if ranks != 1 else ''} together"
+
+
+def _time_note(scores: Mapping[str, Any], training_seconds: float | None) -> str:
+    """What ``seconds`` covers: an evaluation's own, photos / speed, or those of a whole demo, which are more."""
+    captioning = scores.get("photos", 0) / scores["captions_per_second"] if "captions_per_second" in scores else None
+    note = f"training {duration(training_seconds)}" if training_seconds is not None else "training not recorded"
+    if captioning is None or "seconds" not in scores:
+        return note
+    whole = scores["seconds"] > 1.05 * captioning
+    return f"{'for everything' if whole else 'for captioning'} · {note}"
 
 
 # ---- curves: geometry here, SVG in the template ----
@@ -292,7 +310,7 @@ class Chart:
 
 def charts(data: RunData) -> list[Chart]:
     second = "scene_accuracy" if any("scene_accuracy" in line for line in data.validation) else "cider_d"
-    terms = {name: points(data.training, name) for name in ("loss", "rounding", "restore")}
+    terms = {name: points(data.training, name) for name in ("loss", "rounding", "restore", "first_step")}
     if terms["rounding"] == terms["loss"]:
         del terms["rounding"]  # the loss has that term only
     return [
@@ -420,18 +438,16 @@ class Card:
 
 
 def gallery_cards(data: RunData) -> list[Card]:
-    return [
-        _card(entry["key"], entry["caption"], data.samples.get(entry["key"]), entry["references"])
-        for entry in data.predictions
-    ]
+    return [_card(data, key, data.predictions[key]["caption"]) for key in spread(list(data.predictions), NUM_GALLERY)]
 
 
 def emergence_cards(data: RunData) -> list[Card]:
-    return [
-        _card(entry["key"], entry["drafts"][-1]["caption"], data.samples.get(entry["key"]), rows=draft_rows(entry))
-        for entry in data.emergences
-        if entry["drafts"]
-    ]
+    """The caption is the one that was kept: with several candidates, perhaps not the one that the drafts end in."""
+    cards = []
+    for entry in data.emergences:
+        kept = data.predictions.get(entry["key"], entry["drafts"][-1])["caption"]
+        cards.append(_card(data, entry["key"], kept, draft_rows(entry)))
+    return cards
 
 
 def draft_rows(entry: Mapping[str, Any]) -> list[Row]:
@@ -468,24 +484,16 @@ def opacity(confidence: float) -> float:
     return round(0.42 + 0.58 * min(1.0, max(0.0, confidence)), 2)
 
 
-def _card(
-    key: str,
-    caption: str,
-    sample: Sample | None,
-    references: list[str] | None = None,
-    rows: list[Row] | None = None,
-) -> Card:
-    scene = sample.scene if sample else None
-    judgement = judge(caption, scene) if scene else None
-    if references is None:
-        references = sample.captions if sample else []
+def _card(data: RunData, key: str, caption: str, rows: Sequence[Row] = ()) -> Card:
+    sample = data.samples.get(key)
+    judgement = judge(caption, sample.scene) if sample and sample.scene else None
     return Card(
         key,
         caption,
-        references,
+        data.predictions.get(key, {}).get("references", sample.captions if sample else []),
         sample.picture if sample else None,
         (judgement.facts_true, judgement.facts_stated) if judgement else None,
-        rows or [],
+        list(rows),
     )
 
 
@@ -514,10 +522,14 @@ def settings(config: Config, scores: Mapping[str, Any]) -> dict[str, str]:
 def commands(folder: Path) -> str:
     return "\n".join(
         [
-            f"diffcap train {folder}/config.yaml        # again, or on from where it stopped",
-            f"diffcap evaluate --run {folder}           # scores.json, predictions/",
-            f"diffcap report {folder}                   # this page",
-            f"diffcap caption --run {folder} photo.jpg  # a caption for your own picture",
+            "# train again, or on from where it stopped",
+            f"diffcap train {folder}/config.yaml",
+            "# the same on all ranks of a machine",
+            f"deepspeed --module diffcap_dist.train {folder}/config.yaml",
+            "# scores, then this page",
+            f"diffcap evaluate {folder} && diffcap report {folder}",
+            "# a caption for your own picture",
+            f"diffcap caption --run {folder} photo.jpg",
         ]
     )
 
@@ -536,13 +548,14 @@ def render(data: RunData) -> str:
         steps=data.scores.get("num_inference_steps", data.config.sampler.num_inference_steps),
         scores=data.scores,
         missing=data.missing,
-        tiles=tiles(data.scores),
-        compared=compared(data.scores),
+        tiles=tiles(data.scores, data.training[-1].get("seconds") if data.training else None),
+        compared=list(compared(data.scores)),
         score_rows=score_rows(data.scores),
         charts=charts(data),
         plot={"width": CHART_WIDTH, "height": CHART_HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM},
         emergences=emergence_cards(data),
         gallery=gallery_cards(data),
+        start=data.start,
         settings=settings(data.config, data.scores),
         config_text=data.config_text,
         commands=commands(data.folder),

@@ -66,8 +66,10 @@ class RunDir:
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to ``metrics.jsonl`` (rank 0 only). NaN is written as null: the file stays JSON."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(clean) + "\n")
+        with self.metrics.open("ab+") as file:
+            if file.tell() and (file.seek(-1, 2), file.read(1))[1] != b"\n":  # a line that a kill cut short
+                file.write(b"\n")
+            file.write(json.dumps(clean).encode() + b"\n")
 
     def read_metrics(self) -> Iterator[dict[str, Any]]:
         """All records, oldest first; a line cut short by a kill is passed over."""

@@ -31,6 +31,7 @@ class CaptionTokenizer:
         self.unk_id: int = tokenizer.convert_tokens_to_ids(UNK)  # type: ignore[assignment]
         self.sep_id: int = tokenizer.convert_tokens_to_ids(SEP)  # type: ignore[assignment]
         self.vocab_size = len(tokenizer)
+        self._special_ids = set(tokenizer.all_special_ids)
 
     @classmethod
     def load(cls, name: str) -> CaptionTokenizer:
@@ -77,12 +78,13 @@ class CaptionTokenizer:
 
     def decode(self, ids_BL: np.ndarray) -> list[str]:
         """The words before the first [SEP]; special tokens among them are left out."""
-        special = set(self.tokenizer.all_special_ids)
-        texts = []
-        for row in np.asarray(ids_BL).tolist():
-            end = row.index(self.sep_id) if self.sep_id in row else len(row)
-            texts.append(str(self.tokenizer.decode([i for i in row[:end] if i not in special])).strip())
-        return texts
+        rows = np.asarray(ids_BL).tolist()
+        return [str(self.tokenizer.decode([row[i] for i in self.word_positions(row)])).strip() for row in rows]
+
+    def word_positions(self, ids_L: Sequence[int]) -> list[int]:
+        """Where the words of one row are: before the first [SEP], special tokens left out."""
+        end = ids_L.index(self.sep_id) if self.sep_id in ids_L else len(ids_L)
+        return [i for i in range(end) if ids_L[i] not in self._special_ids]
 
 
 def split_words(text: str) -> list[str]:

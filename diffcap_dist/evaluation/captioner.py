@@ -94,9 +94,12 @@ class Captioner:
         first_NLV = logits_BLV[:: self.config.sampler.candidates]
         if not drafts:
             drafts.extend([] for _ in range(photos))
-        best_NL = first_NLV.float().softmax(dim=-1).amax(dim=-1).tolist()
-        for draft, text, best_L in zip(drafts, self._texts(first_NLV), best_NL):
-            draft.append(Draft(step, t, text, [round(p, 4) for p in best_L[: len(text.split())]]))
+        probability_NL, ids_NL = first_NLV.float().softmax(dim=-1).max(dim=-1)
+        for draft, text, best_L, ids_L in zip(drafts, self._texts(first_NLV), probability_NL, ids_NL):
+            kept = self.tokenizer.word_positions(ids_L.tolist())
+            confidence = [round(best_L[i].item(), 4) for i in kept]
+            # Word pieces and removed repeats leave no one-to-one match: then no confidence is claimed.
+            draft.append(Draft(step, t, text, confidence if len(kept) == len(text.split()) else []))
 
 
 class _GuidedDenoiser:

@@ -65,7 +65,8 @@ class Validation:
         self, objective: DiffusionObjective, captioner: Captioner, dtype: torch.dtype
     ) -> dict[str, float]:
         """``val_loss`` and scores. The captions' noise and the times depend on the photo alone."""
-        losses, captions = [], {}
+        losses: list[float] = []
+        captions: dict[str, str] = {}
         for start, photos in self._batches():
             features = photo_features(photos, self.encoder, self.ranks.device, dtype)
             losses.append(self._loss(objective, photos, features, start) * len(photos))
@@ -102,7 +103,7 @@ class Validation:
 
 
 def _scores(gathered: list[tuple[dict, dict]]) -> dict[str, float]:
-    captions = {key: text for part, _ in gathered for key, text in part.items()}
+    captions = dict(sorted(item for part, _ in gathered for item in part.items()))
     records = {key: record for _, part in gathered for key, record in part.items()}
     scores = score_captions(captions, {key: record["captions"] for key, record in records.items()})
     kept = {name: scores[name] for name in ("bleu_4", "cider_d")}

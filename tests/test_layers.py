@@ -1,0 +1,69 @@
+"""Imports point down: layer n imports layers below n; commands never import commands (docs/design.md)."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+LAYERS = {
+    0: ["config", "run_dir", "data.shard_format"],
+    1: [
+        "data.order", "data.captions", "model.denoiser", "model.image_encoder", "diffusion.schedule",
+        "training.distributed", "training.ema", "training.learning_rate", "training.preemption",
+        "evaluation.scores", "evaluation.protocol", "evaluation.scene_facts",
+    ],
+    2: [
+        "data.stream", "diffusion.objective", "diffusion.sampler", "training.engine", "training.contrastive",
+    ],
+    3: ["training.checkpoint", "evaluation.captioner"],
+    4: ["evaluation.validation"],
+    5: ["train", "evaluate", "caption", "report", "demo", "train_clip"],
+    6: ["__main__"],
+}  # fmt: skip
+LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
+# protocol builds on scores: both are pure functions over captions.
+WITHIN_A_LAYER = {("run_dir", "config"), ("evaluation.protocol", "evaluation.scores")}
+DEEPSPEED_DOOR = {"training.engine"}
+
+
+def modules() -> dict[str, Path]:
+    package = ROOT / "diffcap_dist"
+    files = [p for p in package.rglob("*.py") if p.name != "__init__.py"]
+    return {".".join(p.relative_to(package).with_suffix("").parts): p for p in files}
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_every_module_has_a_layer() -> None:
+    assert set(modules()) == set(LAYER_OF)
+
+
+def test_imports_point_down() -> None:
+    wrong = []
+    for name, path in modules().items():
+        for target in imported(path):
+            inner = target.removeprefix("diffcap_dist.")
+            if inner != target and inner in LAYER_OF and (name, inner) not in WITHIN_A_LAYER and inner != name:
+                if LAYER_OF[inner] >= LAYER_OF[name]:
+                    wrong.append(f"{name} (layer {LAYER_OF[name]}) imports {inner} (layer {LAYER_OF[inner]})")
+    assert not wrong
+
+
+def test_the_package_never_imports_shards_or_launch() -> None:
+    wrong = {name for name, path in modules().items() for t in imported(path) if t.split(".")[0] in ("shards", "launch")}
+    assert not wrong
+
+
+def test_one_door_for_deepspeed() -> None:
+    users = {name for name, path in modules().items() for t in imported(path) if t.split(".")[0] == "deepspeed"}
+    assert users == DEEPSPEED_DOOR

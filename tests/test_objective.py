@@ -1,0 +1,250 @@
+"""The loss terms against a plain, materialised reference; the denoiser's promises."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffcap_dist.config import DiffusionConfig, ModelConfig
+from diffcap_dist.diffusion import objective as module
+from diffcap_dist.diffusion.objective import DiffusionObjective, Draws, position_noise, restore_loss, rounding_loss
+from diffcap_dist.model.denoiser import Denoiser, ImageFeatures
+
+L, V, N = 6, 40, 3
+CPU = torch.device("cpu")
+SMALL = ModelConfig(width=32, num_layers=2, num_heads=2, ffn_width=48, embedding_dim=24)
+
+
+def small_denoiser(patches: int | None = 7, **changes: object) -> Denoiser:
+    torch.manual_seed(0)
+    return Denoiser(dataclasses.replace(SMALL, **changes), V, L, (10, patches))  # type: ignore[arg-type]
+
+
+def features(patches: int | None = 7, photos: int = N) -> ImageFeatures:
+    generator = torch.Generator().manual_seed(1)
+    pooled = torch.randn(photos, 10, generator=generator)
+    return ImageFeatures(pooled, torch.randn(photos, 4, patches, generator=generator) if patches else None)
+
+
+def draws_for(positions: list[int], rows: int, denoiser: Denoiser, config: DiffusionConfig, step: int = 0) -> Draws:
+    return Draws.at(positions, rows, (L, denoiser.embedding_dim), 0, step, config, CPU)
+
+
+# ---- rounding ----
+
+
+@pytest.mark.parametrize("path", ["one piece", "fused", "chunks"])
+def test_rounding_equals_materialised_cross_entropy(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if path != "one piece":
+        monkeypatch.setattr(module, "SMALL_LOGITS", 0)
+    if path == "chunks":
+        monkeypatch.setattr(module, "CHUNK_TOKENS", 5)
+        monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+    torch.manual_seed(0)
+    hidden = torch.randn(4, L, 24, requires_grad=True)
+    table = torch.randn(V, 24, requires_grad=True)
+    ids = torch.randint(0, V, (4, L))
+    loss = rounding_loss(hidden, table, ids)
+    got = torch.autograd.grad(loss, (hidden, table))
+    logits = hidden.flatten(0, 1) @ table.T
+    reference = -logits.log_softmax(-1)[torch.arange(4 * L), ids.flatten()].mean()
+    torch.testing.assert_close(loss, reference)
+    for mine, theirs in zip(got, torch.autograd.grad(reference, (hidden, table))):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_rounding_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens x vocabulary would be 2048 x 20000 floats (164 MB); no tensor near that size is ever made."""
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(tensor, Tensor):
+                    largest = max(largest, tensor.numel())
+            return result
+
+    monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+    monkeypatch.setattr(module, "CHUNK_TOKENS", 128)
+    hidden = torch.randn(128, 16, 8, requires_grad=True)
+    with Watch():
+        rounding_loss(hidden, torch.randn(20000, 8), torch.randint(0, 20000, (128, 16))).backward()
+    assert largest <= 128 * 20000
+
+
+def test_restore_loss() -> None:
+    a, b = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    torch.testing.assert_close(restore_loss(a, b, "l1"), (a - b).abs().mean())
+    torch.testing.assert_close(restore_loss(a, b, "l2"), ((a - b) ** 2).mean())
+
+
+# ---- the whole objective ----
+
+
+@pytest.mark.parametrize("x0_from", ["body", "logits"])
+@pytest.mark.parametrize("self_conditioning", [True, False])
+def test_objective_equals_a_plain_reference(x0_from: str, self_conditioning: bool) -> None:
+    """One row at a time, features repeated, logits materialised: the same terms and gradients."""
+    config = DiffusionConfig(
+        restore_weight=0.7, first_step_weight=0.2, rounding_weight=0.3, restore_loss="l1", timesteps_per_caption=3,
+        self_conditioning_rate=float(self_conditioning), image_drop_rate=0.4,
+    )  # fmt: skip
+    denoiser = small_denoiser(x0_from=x0_from, self_conditioning=self_conditioning)
+    ids_NCL = torch.randint(0, V, (N, 2, L))
+    draws = draws_for([5, 6, 7], 6, denoiser, config)
+    terms = DiffusionObjective(denoiser, config)(ids_NCL, features(), draws)
+    terms["loss"].backward()
+    mine = {name: p.grad.clone() for name, p in denoiser.named_parameters() if p.grad is not None}
+    denoiser.zero_grad()
+    reference = plain_reference(denoiser, config, ids_NCL, features(), draws)
+    reference["loss"].backward()
+    for name, value in reference.items():
+        torch.testing.assert_close(terms[name], value, msg=lambda m, name=name: f"{name}: {m}")
+    for name, gradient in mine.items():
+        torch.testing.assert_close(gradient, dict(denoiser.named_parameters())[name].grad, rtol=1e-4, atol=1e-6)
+
+
+def plain_reference(
+    denoiser: Denoiser, config: DiffusionConfig, ids_NCL: Tensor, image: ImageFeatures, draws: Draws
+) -> dict[str, Tensor]:
+    from diffcap_dist.diffusion.schedule import NoiseSchedule
+
+    schedule, table = NoiseSchedule(config.schedule, config.noise_scale), denoiser.embedding_matrix()
+    rows_per_photo = len(draws.t_B) // len(ids_NCL)
+    sums = {"rounding": 0.0, "restore": 0.0, "first_step": 0.0}
+    for row in range(len(draws.t_B)):
+        photo = row // rows_per_photo
+        caption = (row % rows_per_photo) // (rows_per_photo // ids_NCL.shape[1])
+        ids = ids_NCL[photo, caption]
+        seen = ImageFeatures(image.pooled_NF[photo : photo + 1], image.patches_NPF[photo : photo + 1])  # type: ignore
+        hide, noise = draws.image_dropped_N[photo : photo + 1], draws.noise_BLD[row]
+
+        def estimate(t: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor]:
+            alpha_bar = schedule.alpha_bar(t)
+            x = alpha_bar.sqrt() * table[ids] + (1 - alpha_bar).sqrt() * noise  # noqa: B023
+            hidden = denoiser(x[None], t[None], seen, previous, hide)  # noqa: B023
+            scale = 1.0 if denoiser.config.x0_from == "body" else denoiser.embedding_dim**-0.5
+            logits = hidden[0] * scale @ table.T
+            return (hidden if denoiser.config.x0_from == "body" else (logits.softmax(-1) @ table)[None]), logits
+
+        previous = None
+        if draws.self_condition and denoiser.config.self_conditioning:
+            previous = estimate(draws.t_B[row], None)[0].detach()
+        x0_hat, logits = estimate(draws.t_B[row], previous)
+        x1_hat, _ = estimate(torch.tensor(1 / config.num_timesteps), None)
+        sums["rounding"] += F.cross_entropy(logits, ids)  # type: ignore[assignment]
+        sums["restore"] += (x0_hat[0] - table[ids]).abs().mean()  # type: ignore[assignment]
+        sums["first_step"] += (x1_hat[0] - table[ids]).abs().mean()  # type: ignore[assignment]
+    means: dict[str, Tensor] = {name: torch.as_tensor(total) / len(draws.t_B) for name, total in sums.items()}
+    means["loss"] = 0.3 * means["rounding"] + 0.7 * means["restore"] + 0.2 * means["first_step"]
+    return means
+
+
+# ---- draws ----
+
+
+def test_draws_are_a_function_of_the_position_alone() -> None:
+    config = DiffusionConfig(image_drop_rate=0.5)
+    denoiser = small_denoiser()
+    together = draws_for([8, 9, 10, 11], 2, denoiser, config, step=4)
+    apart = [draws_for([p], 2, denoiser, config, step=4) for p in (8, 9, 10, 11)]
+    for name in ("t_B", "noise_BLD", "image_dropped_N"):
+        assert torch.equal(getattr(together, name), torch.cat([getattr(d, name) for d in apart]))
+    assert {d.self_condition for d in apart} == {together.self_condition}
+
+
+def test_times_cover_the_interval_evenly() -> None:
+    config, denoiser = DiffusionConfig(), small_denoiser()
+    t_B = draws_for(list(range(700, 828)), 2, denoiser, config).t_B
+    gaps = t_B.sort().values.diff()
+    assert t_B.min() < 0.02 and t_B.max() > 0.98
+    assert gaps.max() < 4 / 256  # independent uniform draws would leave about 6 / 256
+
+
+def test_noise_is_standard_normal_and_differs() -> None:
+    noise = position_noise(0, "noise", list(range(200)), (6, 24), CPU)
+    assert abs(noise.mean().item()) < 0.02 and abs(noise.std().item() - 1) < 0.02
+    assert not torch.equal(noise[0], noise[1])
+    assert not torch.equal(noise[0], position_noise(0, "other", [0], (6, 24), CPU)[0])
+
+
+# ---- the denoiser ----
+
+
+@pytest.mark.parametrize("fusion, patches", [("concat", 7), ("concat", None), ("add", None)])
+def test_the_denoiser_sees_its_photo_and_only_its_photo(fusion: str, patches: int | None) -> None:
+    denoiser = small_denoiser(patches, fusion=fusion).eval()
+    x, t = torch.randn(2 * N, L, 24), torch.rand(2 * N)
+    image = features(patches)
+    before = denoiser(x, t, image)
+    changed = ImageFeatures(image.pooled_NF.clone(), image.patches_NPF)
+    changed.pooled_NF[1] += torch.randn(10)
+    after = denoiser(x, t, changed)
+    rows = (before - after).abs().amax(dim=(1, 2)) > 1e-6
+    assert rows.tolist() == [False, False, True, True, False, False]  # rows of one photo stand together
+
+
+def test_a_dropped_photo_is_hidden() -> None:
+    denoiser = small_denoiser().eval()
+    x, t, hide = torch.randn(N, L, 24), torch.rand(N), torch.ones(N, dtype=torch.bool)
+    other = ImageFeatures(torch.randn(N, 10), torch.randn(N, 4, 7))
+    torch.testing.assert_close(denoiser(x, t, features(), None, hide), denoiser(x, t, other, None, hide))
+    assert not torch.allclose(denoiser(x, t, features()), denoiser(x, t, other))
+
+
+def test_trained_embeddings_keep_unit_variance() -> None:
+    denoiser = small_denoiser(train_embeddings=True)
+    with torch.no_grad():
+        denoiser.word_embeddings.mul_(50).add_(3)
+    x0 = denoiser.embed(torch.arange(V)[None])
+    torch.testing.assert_close(x0.var(-1, unbiased=False), torch.ones(1, V), rtol=1e-3, atol=1e-3)
+
+
+def test_the_paper_feeds_x_t_straight_in() -> None:
+    denoiser = small_denoiser(
+        None, embedding_dim=32, self_conditioning=False, time_embedding=False, x0_from="body"
+    )
+    assert isinstance(denoiser.input_projection, torch.nn.Identity)
+    assert isinstance(denoiser.output_projection, torch.nn.Identity)
+    x = torch.randn(N, L, 32)
+    first, second = (denoiser(x, t, features(None)) for t in (torch.zeros(N), torch.ones(N)))
+    torch.testing.assert_close(first, second)  # no time input
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda d: d(torch.zeros(3, L + 1, 24), torch.zeros(3), features()), "got x"),
+        (lambda d: d(torch.zeros(4, L, 24), torch.zeros(4), features()), "3 photos"),
+        (lambda d: d(torch.zeros(3, L, 24), torch.zeros(3), features(None)), "patch tokens"),
+        (lambda d: small_denoiser(7, fusion="add"), "encoder.patches=false"),
+        (lambda d: small_denoiser(body="no-such-org/bert"), "hf download no-such-org/bert"),
+        (lambda d: small_denoiser(embeddings="no-such-org/bert"), "model.embeddings"),
+    ],
+)
+def test_bad_input_is_named(call: Callable[[Denoiser], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(small_denoiser())
+
+
+def test_a_pretrained_body_and_table_are_loaded(tmp_path: Path) -> None:
+    from transformers import DistilBertConfig, DistilBertModel
+
+    torch.manual_seed(3)
+    saved = DistilBertModel(DistilBertConfig(vocab_size=V, dim=16, n_layers=1, n_heads=2, hidden_dim=20))
+    saved.save_pretrained(tmp_path)
+    denoiser = small_denoiser(None, body=str(tmp_path), embeddings=str(tmp_path), self_conditioning=False)
+    torch.testing.assert_close(denoiser.word_embeddings, saved.embeddings.word_embeddings.weight.detach())
+    torch.testing.assert_close(
+        denoiser.body.transformer.layer[0].ffn.lin1.weight, saved.transformer.layer[0].ffn.lin1.weight
+    )
+    with pytest.raises(ValueError, match="40 words, the tokenizer 41"):
+        Denoiser(dataclasses.replace(SMALL, embeddings=str(tmp_path)), V + 1, L, (10, None))

@@ -1,0 +1,133 @@
+"""Two real ranks through the real deepspeed launcher: gradients, resume, the whole road, signals and crashes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffcap_dist import __main__ as diffcap
+from diffcap_dist.run_dir import RunDir
+from tests.conftest import launch, launch_command, rank_environment
+
+pytestmark = pytest.mark.slow
+
+
+def test_gradients_of_one_rank_equal_those_of_two(tiny_config: Path, tmp_path: Path) -> None:
+    """One batch on one rank, its halves on two, and the same in micro batches: the same gradients at every stage."""
+    launch(1, "tests.ranks.gradients", str(tiny_config), str(tmp_path / "one"))
+    launch(2, "tests.ranks.gradients", str(tiny_config), str(tmp_path / "two"))
+    launch(2, "tests.ranks.gradients", str(tiny_config), str(tmp_path / "micro"), "training.micro_batch_size=4")
+    reference = torch.load(tmp_path / "one", weights_only=True)[0]
+    assert len(reference["gradients"]) > 20
+    for name in ("one", "two", "micro"):
+        for stage, result in torch.load(tmp_path / name, weights_only=True).items():
+            assert result["loss"] == pytest.approx(reference["loss"], rel=1e-6), (name, stage)
+            assert result["gradients"].keys() == reference["gradients"].keys()
+            for parameter, gradient in result["gradients"].items():
+                torch.testing.assert_close(
+                    gradient,
+                    reference["gradients"][parameter],
+                    rtol=1e-4,
+                    atol=1e-6,
+                    msg=lambda m, w=(name, stage, parameter): f"{w}: {m}",
+                )
+
+
+def test_resume_is_exact_at_every_zero_stage(tiny_config: Path, tmp_path: Path) -> None:
+    """20 steps == 10 + crash + 10, bit for bit: losses, parameters, EMA and the next batch."""
+    launch(2, "tests.ranks.resume", str(tiny_config), str(tmp_path), timeout=280)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report) == {"0", "1", "2", "3"}
+    for stage, result in report.items():
+        assert result["resumed_at"] == 10, stage
+        assert result["different"] == [], stage
+        assert result["tensors"] > 60
+        assert result["losses_equal"] and result["num_losses"] == 20, stage
+
+
+def test_the_road_end_to_end(tiny_config: Path, tmp_path: Path) -> None:
+    """Train on 2 ranks, evaluate on 2 and on 1: the same captions and, as floats, the same scores; then the report."""
+    run = RunDir(tmp_path / "run")
+    launch(2, "diffcap_dist.train", str(tiny_config))
+    launch(2, "diffcap_dist.evaluate", str(run.root))
+    two = json.loads(run.scores.read_text())
+    captions = (run.predictions / "test.jsonl").read_bytes()
+    assert diffcap.main(["evaluate", str(run.root), "--batch-size", "5", "--retrieval"]) == 0
+    one = json.loads(run.scores.read_text())
+    assert (run.predictions / "test.jsonl").read_bytes() == captions
+    assert (two["world_size"], one["world_size"]) == (2, 1)
+    for name in ("bleu_1", "bleu_4", "cider_d", "rouge_l", "scene_accuracy", "floor", "human", "gap_closed"):
+        assert one[name] == two[name], name
+    assert one["photos"] == len(captions.splitlines()) == 12
+    assert set(one["retrieval"]) == {"nearest neighbour", "consensus of 30"}
+    assert one["human"]["scene_accuracy"] == 1.0
+    assert diffcap.main(["report", str(run.root)]) == 0
+    assert run.report.stat().st_size > 10_000
+    records = list(run.read_metrics())
+    assert [r["step"] for r in records if r["kind"] == "validation"] == [10, 20]
+    assert any(run.tensorboard.iterdir())
+
+
+def test_sigkill_then_the_same_command_continues_exactly(tiny_config: Path, tmp_path: Path) -> None:
+    """Both ranks die at a random moment past step 10; started again, the weights equal an unbroken run's."""
+    launch(2, "diffcap_dist.train", str(tiny_config), f"run_dir={tmp_path / 'whole'}")
+    broken = RunDir(tmp_path / "broken")
+    command = launch_command(2, "diffcap_dist.train", str(tiny_config), f"run_dir={broken.root}")
+    process = subprocess.Popen(command, env=rank_environment(), start_new_session=True, stderr=subprocess.DEVNULL)
+    wait_until(lambda: any(r["step"] >= 12 for r in broken.read_metrics()), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    launch(2, "diffcap_dist.train", str(tiny_config), f"run_dir={broken.root}")
+    whole = RunDir(tmp_path / "whole")
+    ema = "checkpoints/step_00000020/ema.safetensors"
+    expected, got = load_file(whole.root / ema), load_file(broken.root / ema)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    starts = [r["step"] for r in broken.read_metrics() if r["kind"] == "start"]
+    assert starts == [0, 10]
+
+
+def test_sigterm_to_one_rank_saves_on_all(tiny_config: Path, tmp_path: Path) -> None:
+    """The flag of one rank reaches the others at the step boundary: a checkpoint at once, and exit status 0."""
+    run = RunDir(tmp_path / "run")
+    words = ["training.num_steps=100000", "training.validate_every=100000", "training.save_every=100000"]
+    command = launch_command(2, "diffcap_dist.train", str(tiny_config), *words)
+    process = subprocess.Popen(command, env=rank_environment(), start_new_session=True, stderr=subprocess.DEVNULL)
+    wait_until(lambda: any(r["step"] >= 5 for r in run.read_metrics()), process)
+    children = subprocess.run(["pgrep", "-f", f"local_rank=1.*{tiny_config}"], capture_output=True, text=True).stdout
+    os.kill(int(children.split()[0]), signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    saved = [p.name for p in run.checkpoints.iterdir() if p.name.startswith("step_")]
+    assert len(saved) == 1 and not saved[0].endswith(".tmp")
+
+
+def wait_until(condition, process: subprocess.Popen, timeout: float = 120) -> None:  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, f"the run ended early with status {process.returncode}"
+        assert time.monotonic() < deadline, "the run did not get there in time"
+        time.sleep(0.05)
+
+
+def test_bad_runs_say_why(tiny_config: Path, tmp_path: Path, scene_shards: Path) -> None:
+    """One process, the real command: the message, exit status 2 and no traceback."""
+    cases = {
+        "data.features=none": "none",
+        "data.val_split=nowhere": "nowhere",
+        "data.shards=/no/such/folder": "index.json",
+        "training.global_batch_size=15 training.micro_batch_size=4": "does not divide",
+        "encoder.patches=true": "patch tokens",
+    }
+    for number, (words, message) in enumerate(cases.items()):
+        command = [sys.executable, "-m", "diffcap_dist", "train", str(tiny_config), f"run_dir={tmp_path / str(number)}"]
+        done = subprocess.run([*command, *words.split()], capture_output=True, text=True, env=rank_environment())
+        assert done.returncode == 2, (words, done.stderr[-2000:])
+        assert message in done.stderr and "Traceback" not in done.stderr, (words, done.stderr[-2000:])

@@ -1,0 +1,98 @@
+"""Samplers on toy denoisers with known answers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffcap_dist.diffusion.sampler import ddim, x0_feedback
+from diffcap_dist.diffusion.schedule import NoiseSchedule
+
+SCHEDULE = NoiseSchedule("cosine", 2.0)
+
+
+def gaussian_denoiser(mean: float, std: float, seen: list[float] | None = None):  # type: ignore[no-untyped-def]
+    """E[x0 | x_t] for x0 ~ N(mean, std^2): the exact denoiser of that distribution."""
+
+    def denoise(x_BLD: Tensor, t: float, previous: Tensor | None) -> Tensor:
+        if seen is not None:
+            seen.append(t)
+        alpha_bar = SCHEDULE.alpha_bar(torch.tensor(t, dtype=torch.float64)).item()
+        gain = alpha_bar**0.5 * std**2 / (alpha_bar * std**2 + 1 - alpha_bar)
+        return mean + gain * (x_BLD - alpha_bar**0.5 * mean)
+
+    return denoise
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_data_distribution_is_recovered(eta: float) -> None:
+    torch.manual_seed(0)
+    x_T = torch.randn(20000, 1, 1, dtype=torch.float64)
+    fresh = lambda step: torch.randn_like(x_T)  # noqa: E731
+    x0 = ddim(gaussian_denoiser(1.0, 0.5), x_T, SCHEDULE, 200, eta=eta, noise=fresh)
+    assert x0.mean().item() == pytest.approx(1.0, abs=0.02)
+    assert x0.std().item() == pytest.approx(0.5, abs=0.03)
+
+
+def test_ddim_follows_the_probability_flow() -> None:
+    """For Gaussian data the deterministic sampler is the map mean + std x_T, in the limit of many steps."""
+    x_T = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None, None]
+    x0 = ddim(gaussian_denoiser(1.0, 0.5), x_T, SCHEDULE, 2000)
+    torch.testing.assert_close(x0, 1.0 + 0.5 * x_T, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10])
+def test_a_certain_denoiser_is_believed(steps: int) -> None:
+    target = torch.randn(2, 3, 4)
+    torch.testing.assert_close(ddim(lambda x, t, p: target, torch.randn(2, 3, 4), SCHEDULE, steps), target)
+
+
+def test_one_step_of_ddpm_has_the_posterior_variance() -> None:
+    """eta = 1 is Ho et al.'s posterior: variance beta-tilde between two times."""
+    torch.manual_seed(0)
+    target = torch.zeros(50000, 1, 1, dtype=torch.float64)
+    seen: list[Tensor] = []
+
+    def denoise(x: Tensor, t: float, previous: Tensor | None) -> Tensor:
+        seen.append(x)
+        return target
+
+    ddim(denoise, torch.randn_like(target), SCHEDULE, 2, eta=1.0, noise=lambda step: torch.randn_like(target))
+    half = SCHEDULE.alpha_bar(torch.tensor(0.5, dtype=torch.float64)).item()
+    assert seen[1].var().item() == pytest.approx(1 - half, rel=0.03)  # marginal q(x_1/2 | x_0 = 0)
+
+
+def test_times_and_time_difference() -> None:
+    seen: list[float] = []
+    ddim(gaussian_denoiser(0, 1, seen), torch.randn(1, 1, 1), SCHEDULE, 4)
+    assert seen == pytest.approx([1.0, 0.75, 0.5, 0.25])
+    seen.clear()
+    ddim(gaussian_denoiser(0, 1, seen), torch.randn(1, 1, 1), SCHEDULE, 4, time_difference=0.3)
+    assert seen == pytest.approx([1.0, 1.0, 0.8, 0.55])
+
+
+def test_self_conditioning_sees_the_estimate_before() -> None:
+    previous: list[Tensor | None] = []
+
+    def denoise(x: Tensor, t: float, p: Tensor | None) -> Tensor:
+        previous.append(p)
+        return torch.full_like(x, float(len(previous)))
+
+    ddim(denoise, torch.randn(1, 1, 1), SCHEDULE, 3)
+    assert previous[0] is None
+    assert [p.item() for p in previous[1:] if p is not None] == [1.0, 2.0]
+
+
+def test_x0_feedback_is_iteration() -> None:
+    drafts: list[tuple[int, float]] = []
+    x = x0_feedback(lambda x, t, p: x / 2, torch.full((1, 1, 1), 32.0), 5, on_step=lambda s, t, x: drafts.append((s, t)))
+    assert x.item() == 1.0
+    assert [step for step, _ in drafts] == [0, 1, 2, 3, 4]
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(ValueError, match="num_inference_steps is 0"):
+        ddim(gaussian_denoiser(0, 1), torch.zeros(1, 1, 1), SCHEDULE, 0)
+    with pytest.raises(ValueError, match="fresh noise"):
+        ddim(gaussian_denoiser(0, 1), torch.zeros(1, 1, 1), SCHEDULE, 2, eta=0.5)
