@@ -67,9 +67,10 @@ class Denoiser(nn.Module):
             else None
         )
         # The paper feeds x_t to the body as it is; that needs D = H and no second input.
+        straight = self.embedding_dim == H and not config.self_conditioning
         inputs = self.embedding_dim * (2 if config.self_conditioning else 1)
-        self.input_projection = nn.Identity() if inputs == H else nn.Linear(inputs, H)
-        self.output_projection = nn.Linear(H, self.embedding_dim) if inputs != H else nn.Identity()
+        self.input_projection = nn.Identity() if straight else nn.Linear(inputs, H)
+        self.output_projection = nn.Identity() if straight else nn.Linear(H, self.embedding_dim)
         self._init_new_weights()
 
     def embed(self, ids_BL: Tensor) -> Tensor:

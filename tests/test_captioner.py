@@ -1,0 +1,116 @@
+"""The captioner: captions depend on the photo alone; export and load; picture files; no reference length leaks in."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from diffcap_dist import caption as caption_command
+from diffcap_dist.config import Config, DataConfig, ModelConfig, SamplerConfig
+from diffcap_dist.data.captions import CaptionTokenizer
+from diffcap_dist.evaluation.captioner import Captioner, Draft, export_captioner, load_captioner, remove_repeats
+from diffcap_dist.model.denoiser import Denoiser, ImageFeatures
+
+TOKENIZER = CaptionTokenizer.from_captions(["a small red circle above a large blue star on the green grass"])
+
+
+@pytest.fixture
+def captioner() -> Captioner:
+    config = Config(
+        run_dir="r",
+        data=DataConfig(shards="s", max_length=8),
+        model=ModelConfig(width=32, num_layers=2, num_heads=2, ffn_width=32, embedding_dim=16),
+        sampler=SamplerConfig(num_inference_steps=4, guidance_scale=2.0),
+    )
+    torch.manual_seed(0)
+    denoiser = Denoiser(config.model, TOKENIZER.vocab_size, 8, (10, None)).eval()
+    for parameter in denoiser.parameters():  # untrained weights are too small to tell photos apart
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.4)
+    return Captioner(denoiser, config, TOKENIZER)
+
+
+def with_sampler(captioner: Captioner, **changes: object) -> Captioner:
+    sampler = dataclasses.replace(captioner.config.sampler, **changes)  # type: ignore[arg-type]
+    return Captioner(captioner.denoiser, dataclasses.replace(captioner.config, sampler=sampler), TOKENIZER)
+
+
+PHOTOS = torch.randn(6, 10, generator=torch.Generator().manual_seed(2))
+KEYS = [f"photo{i}" for i in range(6)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"eta": 1.0}, {"candidates": 3}, {"name": "x0_feedback"}])
+def test_a_caption_depends_on_its_photo_alone(captioner: Captioner, changes: dict) -> None:
+    captioner = with_sampler(captioner, **changes)
+    together = captioner.caption(ImageFeatures(PHOTOS), KEYS)
+    apart = [captioner.caption(ImageFeatures(PHOTOS[i : i + 1]), [KEYS[i]])[0] for i in range(6)]
+    backwards = captioner.caption(ImageFeatures(PHOTOS.flip(0)), KEYS[::-1])[::-1]
+    assert together == apart == backwards
+    assert len(set(together)) > 1
+
+
+def test_the_seed_and_the_key_choose_the_noise(captioner: Captioner) -> None:
+    first = captioner.caption(ImageFeatures(PHOTOS), KEYS)
+    assert with_sampler(captioner, seed=1).caption(ImageFeatures(PHOTOS), KEYS) != first
+    assert captioner.caption(ImageFeatures(PHOTOS), [k + "x" for k in KEYS]) != first
+
+
+def test_guidance_of_one_is_no_guidance(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = with_sampler(captioner, guidance_scale=1.0).caption(ImageFeatures(PHOTOS), KEYS)
+    near = with_sampler(captioner, guidance_scale=1.0 + 1e-6).caption(ImageFeatures(PHOTOS), KEYS)
+    assert plain == near
+    assert plain != with_sampler(captioner, guidance_scale=4.0).caption(ImageFeatures(PHOTOS), KEYS)
+
+
+def test_drafts_end_in_the_caption(captioner: Captioner) -> None:
+    drafts: list[list[Draft]] = []
+    captions = captioner.caption(ImageFeatures(PHOTOS), KEYS, drafts)
+    assert [part[-1].caption for part in drafts] == captions
+    assert [draft.t for draft in drafts[0]] == [1.0, 0.75, 0.5, 0.25]
+    for draft in drafts[0]:
+        assert len(draft.confidence) == len(draft.caption.split())
+        assert all(0 < value <= 1 for value in draft.confidence)
+
+
+def test_an_export_captions_the_same_without_the_run(captioner: Captioner, tmp_path: Path) -> None:
+    about = {"step": 3, "feature_widths": [10, None], "features": "f", "encoder_sha256": None}
+    state = captioner.denoiser.state_dict()
+    export_captioner(tmp_path / "export", state, captioner.denoiser, captioner.config, TOKENIZER, about)
+    again = load_captioner(tmp_path / "export")
+    assert again.caption(ImageFeatures(PHOTOS), KEYS) == captioner.caption(ImageFeatures(PHOTOS), KEYS)
+    assert load_captioner(tmp_path / "export", ["sampler.candidates=3"]).config.sampler.candidates == 3
+    with pytest.raises(ValueError, match="no exported captioner"):
+        load_captioner(tmp_path / "nothing")
+
+
+def test_remove_repeats() -> None:
+    assert remove_repeats("a a dog dog runs a") == "a dog runs a"
+
+
+def test_picture_files(tmp_path: Path) -> None:
+    for name in ("b.png", "a.jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "note.txt").write_text("no picture")
+    assert [p.name for p in caption_command.picture_files([tmp_path])] == ["a.jpg", "b.png"]
+    with pytest.raises(ValueError, match="no such picture"):
+        caption_command.picture_files([tmp_path / "c.jpg"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no pictures"):
+        caption_command.picture_files([tmp_path / "empty"])
+
+
+def test_a_broken_picture_and_imported_features_are_named(captioner: Captioner, tmp_path: Path) -> None:
+    about = {"step": 3, "feature_widths": [10, None], "features": "cnn", "encoder_sha256": None}
+    export_captioner(tmp_path, captioner.denoiser.state_dict(), captioner.denoiser, captioner.config, TOKENIZER, about)
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.jpg")
+    with pytest.raises(ValueError, match=r"imported features \(cnn\)"):
+        caption_command.caption_files(tmp_path, [tmp_path / "good.jpg"])
+    (tmp_path / "bad.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"bad\.jpg can't be decoded"):
+        caption_command.caption_files(tmp_path, [tmp_path / "bad.jpg"])
+    assert json.loads((tmp_path / "about.json").read_text())["step"] == 3

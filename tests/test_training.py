@@ -1,0 +1,162 @@
+"""The pieces around the loop: batch split, learning rate, EMA, checkpoints on disk, signals, precision."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from diffcap_dist.config import OptimizerConfig, TrainingConfig
+from diffcap_dist.training import checkpoint
+from diffcap_dist.training.ema import EMA
+from diffcap_dist.training.engine import BatchSplit, choose_precision, deepspeed_config, split_batch
+from diffcap_dist.training.learning_rate import learning_rate
+from diffcap_dist.training.preemption import StopFlag
+
+# ---- the batch ----
+
+
+def test_the_global_batch_is_fixed() -> None:
+    config = TrainingConfig(global_batch_size=96, micro_batch_size=8)
+    assert split_batch(config, 1) == BatchSplit(8, 12, 1)
+    assert split_batch(config, 4) == BatchSplit(8, 3, 4)
+    assert split_batch(TrainingConfig(global_batch_size=96), 4) == BatchSplit(24, 1, 4)
+    with pytest.raises(ValueError, match="can't be shared equally by 5 ranks"):
+        split_batch(config, 5)
+    with pytest.raises(ValueError, match="micro_batch_size=7 does not divide the 48 photos"):
+        split_batch(TrainingConfig(global_batch_size=96, micro_batch_size=7), 2)
+
+
+def test_deepspeed_is_told_the_same_numbers() -> None:
+    told = deepspeed_config(TrainingConfig(zero_stage=2), OptimizerConfig(), BatchSplit(8, 3, 4), torch.bfloat16)
+    sizes = told["train_batch_size"], told["train_micro_batch_size_per_gpu"], told["gradient_accumulation_steps"]
+    assert sizes == (96, 8, 3)
+    assert told["bf16"]["enabled"] and told["zero_optimization"]["stage"] == 2
+
+
+def test_precision_says_why() -> None:
+    assert choose_precision("auto", torch.device("cpu"))[0] == torch.float32
+    assert choose_precision("bf16", torch.device("cpu")) == (torch.bfloat16, "as set")
+
+
+# ---- the learning rate ----
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "log", "cosine"])
+def test_rates_start_and_end_where_they_should(schedule: str) -> None:
+    config = OptimizerConfig(1e-4, 5e-5, schedule, warmup_steps=10)  # type: ignore[arg-type]
+    rates = [learning_rate(step, 100, config) for step in range(100)]
+    assert rates[0] == pytest.approx(1e-4 / 11)
+    assert rates[10] == pytest.approx(1e-4) == max(rates)
+    assert rates[-1] == pytest.approx(1e-4 if schedule == "constant" else 5e-5)
+    assert all(a >= b - 1e-12 for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_rates_half_way() -> None:
+    half = {
+        name: learning_rate(50, 101, OptimizerConfig(1e-3, 1e-5, name, warmup_steps=0))  # type: ignore[arg-type]
+        for name in ("linear", "log", "cosine")
+    }
+    assert half == pytest.approx({"linear": 5.05e-4, "log": 1e-4, "cosine": 5.05e-4})
+
+
+# ---- EMA ----
+
+
+def test_ema_is_the_recursion_and_swaps_back_exactly() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    ema = EMA(module, decay=0.5)
+    expected = module[0].weight.detach().clone()
+    for step in range(6):
+        with torch.no_grad():
+            module[0].weight.add_(torch.randn(3, 3))
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * module[0].weight.detach()
+        ema.update(step)
+    live = module[0].weight.detach().clone()
+    with ema.swapped():
+        torch.testing.assert_close(module[0].weight.detach(), expected)
+    assert torch.equal(module[0].weight, live)
+    assert set(ema.averages) == {name for name, _ in module.named_parameters()}  # no buffers
+
+
+# ---- checkpoints on disk ----
+
+
+def sealed(folder: Path, step: int) -> Path:
+    aside, final = folder / f"step_{step:08d}.tmp", folder / f"step_{step:08d}"
+    aside.mkdir(parents=True)
+    (aside / "weights.pt").write_bytes(os.urandom(2000))
+    (aside / "state.json").write_text(json.dumps({"step": step}))
+    checkpoint._seal(aside, final)
+    return final
+
+
+def test_a_sealed_checkpoint_is_whole(tmp_path: Path) -> None:
+    path = sealed(tmp_path, 10)
+    assert checkpoint.damage(path) is None
+    assert (tmp_path / "latest").read_text() == path.name
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "harm, found",
+    [
+        (lambda p: truncate(p / "weights.pt"), "1999 bytes, the manifest says 2000"),
+        (lambda p: flip(p / "weights.pt"), "checksum"),
+        (lambda p: (p / "state.json").unlink(), "state.json is missing"),
+        (lambda p: (p / "manifest.json").unlink(), "manifest.json is missing"),
+        (lambda p: (p / "manifest.json").write_text("{"), "broken"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_passed_over(harm, found: str, tmp_path: Path, caplog) -> None:  # type: ignore
+    sealed(tmp_path, 10)
+    harm(sealed(tmp_path, 20))
+    (tmp_path / "latest").write_text("")  # an empty pointer must not matter
+    (tmp_path / "step_00000030.tmp").mkdir()  # a save that was killed
+    assert found in (checkpoint.damage(tmp_path / "step_00000020") or "")
+    assert checkpoint._newest_complete(tmp_path) == "step_00000010"
+    assert "step_00000020" in caplog.text and found in caplog.text
+
+
+def test_old_checkpoints_go_the_best_stays(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40):
+        sealed(tmp_path, step)
+    checkpoint._remove_old(tmp_path, keep_last=2, best_step=10)
+    assert [p.name[-2:] for p in checkpoint.complete_checkpoints(tmp_path)] == ["10", "30", "40"]
+    assert (tmp_path / "best").read_text() == "step_00000010"
+
+
+# ---- signals ----
+
+
+def test_a_signal_only_sets_the_flag() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
+    try:
+        flag = StopFlag().install()
+        assert flag.requested is None
+        os.kill(os.getpid(), signal.SIGUSR2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert flag.requested == "SIGUSR2"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.pause()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
