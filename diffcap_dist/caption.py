@@ -20,7 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("pictures", nargs="+", type=Path, help="picture files, or folders of them")
     parser.add_argument("--run", type=Path, required=True, help="a run directory, or an export folder")
     parser.add_argument("--steps", type=int, help="denoising steps (sampler.num_inference_steps)")
-    parser.add_argument("--candidates", type=int, help="captions drawn per picture; the one nearest to the others is kept")
+    parser.add_argument(
+        "--candidates", type=int, help="captions drawn per picture; the one nearest to the others is kept"
+    )
     parser.add_argument("--json", action="store_true", help='print [{"picture": ..., "caption": ...}, ...]')
     args = parser.parse_args(argv)
     files = picture_files(args.pictures)

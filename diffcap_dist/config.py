@@ -64,9 +64,7 @@ class ModelConfig:
     fusion: Literal["concat", "add"] = "concat"
     time_embedding: bool = True
     self_conditioning: bool = True
-    x0_from: Literal["logits", "body"] = (
-        "logits"  # hat x0: expected embedding under the logits, or the body's output
-    )
+    x0_from: Literal["logits", "body"] = "logits"  # hat x0: expected embedding under the logits, or the body's output
 
 
 @dataclass
@@ -172,9 +170,7 @@ def save_config(config: Config, path: Path) -> None:
 def differences(old: Config, new: Config, ignoring: frozenset[str] = frozenset()) -> list[str]:
     """``key: old -> new`` for each setting that differs, but for those in ``ignoring``."""
     before, after = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
-    return [
-        f"{k}: {before[k]!r} -> {after[k]!r}" for k in before if before[k] != after[k] and k not in ignoring
-    ]
+    return [f"{k}: {before[k]!r} -> {after[k]!r}" for k in before if before[k] != after[k] and k not in ignoring]
 
 
 def _conflicts(config: Config) -> list[str]:

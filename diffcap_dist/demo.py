@@ -77,7 +77,10 @@ class Demo:
         if name in self.seconds:
             print(f"{title} {name}: done before, in {self.seconds[name]:.0f} s", flush=True)
             return
-        print(f"{title} {name}: {' '.join(command[1:] if command[0] != 'diffcap_dist' else ('diffcap', *command[1:]))}", flush=True)
+        print(
+            f"{title} {name}: {' '.join(command[1:] if command[0] != 'diffcap_dist' else ('diffcap', *command[1:]))}",
+            flush=True,
+        )
         started = time.perf_counter()
         subprocess.run([sys.executable, "-m", *command], check=True)
         self.seconds[name] = time.perf_counter() - started
@@ -96,8 +99,12 @@ class Demo:
         total = sum(self.seconds.values())
         print()
         for name, goal in GOALS.items():
-            print(f"{name:<15} {scores[name]:.3f}   goal {goal:.2f}   {'reached' if scores[name] >= goal else 'MISSED'}")
-        print(f"{'seconds':<15} {total:.0f}     goal {GOAL_SECONDS}    {'reached' if total <= GOAL_SECONDS else 'MISSED'}")
+            print(
+                f"{name:<15} {scores[name]:.3f}   goal {goal:.2f}   {'reached' if scores[name] >= goal else 'MISSED'}"
+            )
+        print(
+            f"{'seconds':<15} {total:.0f}     goal {GOAL_SECONDS}    {'reached' if total <= GOAL_SECONDS else 'MISSED'}"
+        )
         print(f"\nreport: {(self.out / 'report.html').resolve()}")
 
 

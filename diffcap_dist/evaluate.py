@@ -184,7 +184,10 @@ def _retrieval_rows(captioner: Captioner, reader: ShardReader, records: Mapping[
     train_NF, query_QF = (np.stack([p.pooled_F.numpy() for p in part]) for part in (train, queries))  # type: ignore
     train_captions = [photo.record["captions"] for photo in train]
     rows = {}
-    for title, neighbours in {"nearest neighbour": 1, f"consensus of {CONSENSUS_NEIGHBOURS}": CONSENSUS_NEIGHBOURS}.items():
+    for title, neighbours in {
+        "nearest neighbour": 1,
+        f"consensus of {CONSENSUS_NEIGHBOURS}": CONSENSUS_NEIGHBOURS,
+    }.items():
         found = protocol.retrieval_captions(train_NF, train_captions, query_QF, min(neighbours, len(train)))
         rows[title] = _caption_scores({photo.key: text for photo, text in zip(queries, found)}, records)
     return rows

@@ -58,9 +58,7 @@ class RunDir:
     def load_config(self) -> Config:
         """The config of the run here. Raises ConfigError when there is none."""
         if not self.config.is_file():
-            raise ConfigError(
-                f"{self.root} is not a run directory (no config.yaml); train one with: diffcap train"
-            )
+            raise ConfigError(f"{self.root} is not a run directory (no config.yaml); train one with: diffcap train")
         return load_config(self.config)
 
     def log(self, record: dict[str, Any]) -> None:

@@ -55,9 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="diffcap train", description=__doc__)
     parser.add_argument("config", type=Path, help="a YAML of settings, e.g. configs/demo.yaml")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="e.g. training.num_steps=100")
-    parser.add_argument(
-        "--local_rank", help=argparse.SUPPRESS
-    )  # the deepspeed launcher adds it; LOCAL_RANK says it
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; LOCAL_RANK says it
     args = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     config = load_config(args.config, args.settings)
@@ -103,13 +101,9 @@ class Trainer:
             + sum(b.numel() for b in self.objective.buffers() if b.is_floating_point())
             + (sum(p.numel() for p in self.data.encoder.parameters()) if self.data.encoder else 0),
         }
-        self.engine = build_engine(
-            self.objective, config.training, config.optimizer, self.split, self.dtype, ranks
-        )
+        self.engine = build_engine(self.objective, config.training, config.optimizer, self.split, self.dtype, ranks)
         self.ema = EMA(self.engine.module, config.training.ema_decay)
-        self.state: TrainState = checkpoint.load_latest(
-            self.engine, self.ema, self.run_dir.checkpoints, ranks
-        )
+        self.state: TrainState = checkpoint.load_latest(self.engine, self.ema, self.run_dir.checkpoints, ranks)
         self.stream = CaptionStream(
             self.data.train,
             self.data.tokenizer,
@@ -174,9 +168,7 @@ class Trainer:
         sums: dict[str, torch.Tensor] = {}
         for _ in range(self.split.accumulation):
             batch = next(batches)
-            terms = self.engine(
-                batch.ids_NCL.to(self.ranks.device), self._features(batch), self._draws(batch, step)
-            )
+            terms = self.engine(batch.ids_NCL.to(self.ranks.device), self._features(batch), self._draws(batch, step))
             self.engine.backward(terms["loss"])
             self.engine.step()  # updates at the last micro batch only
             for name, term in terms.items():
@@ -189,9 +181,7 @@ class Trainer:
     def _features(self, batch: Batch) -> ImageFeatures:
         if self.data.encoder is not None:
             assert batch.images_NCHW is not None
-            pooled_NF, patches_NPF = self.data.encoder(
-                batch.images_NCHW.to(self.ranks.device, non_blocking=True)
-            )
+            pooled_NF, patches_NPF = self.data.encoder(batch.images_NCHW.to(self.ranks.device, non_blocking=True))
             patches = patches_NPF if self.config.encoder.patches else None
             return ImageFeatures(pooled_NF, patches).to(self.ranks.device, self.dtype)
         assert batch.pooled_NF is not None
@@ -209,8 +199,8 @@ class Trainer:
         stop, not_finite = distributed.largest(flags, self.ranks.device)
         if not_finite:
             raise NonFiniteLoss(
-                f"the loss is not finite at step {self.state.step}. The last checkpoint in {self.run_dir.checkpoints} is "
-                "good; lower optimizer.learning_rate or optimizer.max_grad_norm, or set training.precision=fp32"
+                f"the loss is not finite at step {self.state.step}. The last checkpoint in {self.run_dir.checkpoints} "
+                "is good; lower optimizer.learning_rate or optimizer.max_grad_norm, or set training.precision=fp32"
             )
         return (self.stop.requested or "a signal to another rank") if stop else None
 
@@ -233,9 +223,7 @@ class Trainer:
             "feature_widths": self.data.feature_widths,
             **feature_identity(self.data.train.feature_info, self.data.encoder),
         }
-        export_captioner(
-            self.run_dir.export, weights, self.objective.denoiser, self.config, self.data.tokenizer, about
-        )
+        export_captioner(self.run_dir.export, weights, self.objective.denoiser, self.config, self.data.tokenizer, about)
 
     def _save(self) -> None:
         checkpoint.save(
@@ -264,17 +252,16 @@ class Trainer:
         training, photos = self.config.training, sum(self.data.train.counts)
         seen = "features " + self.config.data.features if self.config.data.features else "the encoder, online"
         facts = {
-            "run": str(self.run_dir.root)
-            + (f", continued at step {self.state.step}" if self.state.step else ""),
+            "run": str(self.run_dir.root) + (f", continued at step {self.state.step}" if self.state.step else ""),
             "parameters": f"{self.parameters['trainable']:,} trainable, {self.parameters['frozen']:,} frozen",
-            "data": f"{photos:,} photos in {len(self.data.train.shards)} shards, {self.data.train.bytes / 1e6:,.1f} MB; "
-            f"photos seen through {seen}; vocabulary {self.data.tokenizer.vocab_size:,}",
+            "data": f"{photos:,} photos in {len(self.data.train.shards)} shards, {self.data.train.bytes / 1e6:,.1f} MB;"
+            f" photos seen through {seen}; vocabulary {self.data.tokenizer.vocab_size:,}",
             "batch": f"{self.split.total} photos = {self.split.micro} x {self.split.accumulation} accumulated x "
             f"{self.split.world_size} ranks; {photos / self.split.total:.1f} steps per epoch, "
             f"{training.num_steps * self.split.total / photos:.1f} epochs",
             "precision": f"{str(self.dtype).removeprefix('torch.')} ({self.precision_reason})",
-            "spread": f"ZeRO stage {training.zero_stage} over {self.ranks.world_size} ranks on {self.ranks.device.type}, "
-            f"{torch.get_num_threads()} threads each",
+            "spread": f"ZeRO stage {training.zero_stage} over {self.ranks.world_size} ranks on {self.ranks.device.type},"
+            f" {torch.get_num_threads()} threads each",
         }
         for name, value in facts.items():
             log.info("%-11s %s", name, value)
@@ -293,9 +280,7 @@ class Metrics:
 
             self._board = SummaryWriter(str(run_dir.tensorboard))
 
-    def training(
-        self, state: TrainState, terms: dict[str, float], grad_norm: float, rate: float, bar: tqdm
-    ) -> None:
+    def training(self, state: TrainState, terms: dict[str, float], grad_norm: float, rate: float, bar: tqdm) -> None:
         means = distributed.mean(list(terms.values()), self.ranks.device)
         if not self.ranks.is_first:
             return
@@ -318,9 +303,7 @@ class Metrics:
         if self.ranks.is_first:
             self._write("validation", state.step, scores)
             text = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
-            bar.write(
-                f"step {state.step}: {text}" + (" (best so far)" if state.best_step == state.step else "")
-            )
+            bar.write(f"step {state.step}: {text}" + (" (best so far)" if state.best_step == state.step else ""))
 
     def _write(self, kind: str, step: int, record: dict[str, float]) -> None:
         self.run_dir.log({"kind": kind, "step": step, **record})

@@ -79,9 +79,7 @@ def alignment(features_NF: np.ndarray, captions: list[list[str]]) -> Alignment:
     predicted_NV = _unit_rows((features_NF[half:] - mean_F) @ weights_FV)
     words_NV = _unit_rows(words_NV[half:] - mean_V)
     matched_N = (predicted_NV * words_NV).sum(1)
-    others_N = (predicted_NV @ words_NV.sum(0) - matched_N) / (
-        len(words_NV) - 1
-    )  # the mean over all shuffles
+    others_N = (predicted_NV @ words_NV.sum(0) - matched_N) / (len(words_NV) - 1)  # the mean over all shuffles
     difference_N = matched_N - others_N
     standard_error = difference_N.std(ddof=1) / np.sqrt(len(difference_N)) + 1e-12
     z = float(difference_N.mean() / standard_error)
@@ -92,9 +90,7 @@ def _bag_of_words(captions: list[list[str]]) -> np.ndarray:
     """words_NV: 1 where a photo's captions hold a frequent word; words of every photo are left out."""
     words_N = [set(re.findall(r"\w+", " ".join(texts).lower())) for texts in captions]
     counts = Counter(word for words in words_N for word in words)
-    ranked = sorted(
-        (word for word in counts if counts[word] < len(captions)), key=lambda word: (-counts[word], word)
-    )
+    ranked = sorted((word for word in counts if counts[word] < len(captions)), key=lambda word: (-counts[word], word))
     column = {word: number for number, word in enumerate(ranked[:NUM_WORDS])}
     words_NV = np.zeros((len(captions), len(column)), np.float32)
     for row, words in enumerate(words_N):
@@ -144,9 +140,7 @@ def _read_npz(npz: Path) -> tuple[dict[str, int], np.ndarray, str]:
     """(row of each photo id, features_NF, the array's name)."""
     names = npz_names(npz)
     with np.load(npz, allow_pickle=False) as arrays:
-        shapes = {
-            name: (arrays[name].ndim, arrays[name].dtype.kind) for name in arrays.files if name != "names"
-        }
+        shapes = {name: (arrays[name].ndim, arrays[name].dtype.kind) for name in arrays.files if name != "names"}
         candidates = [name for name, shape in shapes.items() if shape == (2, "f")]
         if len(candidates) != 1:
             found = ", ".join(candidates) or "none"
@@ -170,9 +164,7 @@ def _rows(directory: Path, info: ShardInfo, row_of: dict[str, int]) -> list[tupl
 # ---- compute ----
 
 
-def compute(
-    directory: Path, encoder_name: str, pretrained: str, patches: bool, batch_size: int = 64
-) -> Registered:
+def compute(directory: Path, encoder_name: str, pretrained: str, patches: bool, batch_size: int = 64) -> Registered:
     """Features of all photos by the encoder; a shard whose files are complete is not encoded again."""
     from diffcap_dist.model.image_encoder import ImageEncoder  # torch and open_clip: seconds
 
@@ -270,9 +262,7 @@ def name_from_file(path: Path) -> str:
 
 def _check_name(name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        raise ValueError(
-            f"features can't be named {name!r}: use letters, digits, - and _ (it goes in file names)"
-        )
+        raise ValueError(f"features can't be named {name!r}: use letters, digits, - and _ (it goes in file names)")
 
 
 def _identity(info: FeatureInfo) -> dict[str, Any]:
@@ -301,9 +291,7 @@ def _write_array(directory: Path, name: str, array: np.ndarray) -> dict[str, str
         array = array.astype(np.float16)
     if not np.isfinite(array).all():
         row = int(np.argwhere(~np.isfinite(array))[0][0])
-        raise ValueError(
-            f"{name}: the features of sample {row} are not finite in fp16 (NaN, or beyond 65504)"
-        )
+        raise ValueError(f"{name}: the features of sample {row} are not finite in fp16 (NaN, or beyond 65504)")
     buffer = io.BytesIO()
     np.save(buffer, array)
     atomic_write(directory / name, buffer.getbuffer())

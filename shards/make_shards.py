@@ -46,9 +46,7 @@ def _add_scenes(commands: Any) -> None:
     scenes.add_argument("--out", type=Path, required=True, metavar="DIR")
     for split, default in (("train", 4000), ("val", 400), ("test", 400)):
         scenes.add_argument(f"--{split}", type=int, default=default, metavar="N", help=f"default {default}")
-    scenes.add_argument(
-        "--max-objects", type=int, default=2, metavar="N", help="objects a picture (default 2)"
-    )
+    scenes.add_argument("--max-objects", type=int, default=2, metavar="N", help="objects a picture (default 2)")
     scenes.add_argument("--image-size", type=int, default=64, metavar="PIXELS", help="default 64")
     scenes.add_argument("--seed", type=int, default=0)
     scenes.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, metavar="N")
@@ -67,9 +65,7 @@ def _add_flickr8k(commands: Any) -> None:
     )
     flickr8k.add_argument("--out", type=Path, required=True, metavar="DIR")
     flickr8k.add_argument("--npz", type=Path, metavar="FILE", help="features to import: names + array")
-    flickr8k.add_argument(
-        "--allow-missing", action="store_true", help="more than 1%% without photo or caption"
-    )
+    flickr8k.add_argument("--allow-missing", action="store_true", help="more than 1%% without photo or caption")
     flickr8k.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, metavar="N")
     flickr8k.set_defaults(run=run_flickr8k)
 
@@ -134,9 +130,7 @@ def run_features(arguments: argparse.Namespace) -> int:
     if arguments.encoder is not None:
         if arguments.name is not None:
             raise ValueError("--name goes with --npz; computed features are called after their encoder")
-        made = features.compute(
-            arguments.directory, arguments.encoder, arguments.pretrained, arguments.patches
-        )
+        made = features.compute(arguments.directory, arguments.encoder, arguments.pretrained, arguments.patches)
     else:
         if arguments.patches or arguments.pretrained:
             raise ValueError("--patches and --pretrained go with --encoder, not with --npz")

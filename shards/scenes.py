@@ -116,8 +116,7 @@ def generate(
             f"got {counts}, image_size={image_size}, workers={workers}"
         )
     tasks = [
-        (seed, image_size, split, index, scene)
-        for split, index, scene in _choose_scenes(counts, seed, max_objects)
+        (seed, image_size, split, index, scene) for split, index, scene in _choose_scenes(counts, seed, max_objects)
     ]
     if workers == 1:
         yield from map(_make_sample, tasks)
@@ -199,9 +198,7 @@ def _choose_scenes(counts: dict[str, int], seed: int, max_objects: int) -> Itera
 def _split_edges(counts: dict[str, int]) -> dict[str, tuple[float, float]]:
     """The part of [0, 1) whose descriptions belong to each split, in proportion to its pictures."""
     total = sum(counts.values())
-    weights = {
-        split: max(count / total, _MIN_SPLIT_SHARE) if count else 0.0 for split, count in counts.items()
-    }
+    weights = {split: max(count / total, _MIN_SPLIT_SHARE) if count else 0.0 for split, count in counts.items()}
     edges, low = {}, 0.0
     for split, weight in weights.items():
         high = low + weight / sum(weights.values())
@@ -258,8 +255,7 @@ def _place_objects(rng: Random, objects: list[dict[str, Any]]) -> bool:
     for other, (axis, sign) in zip(others, sides):
         _place_beside(rng, first, other, axis, sign)
     return all(
-        math.hypot(a["x"] - b["x"], a["y"] - b["y"]) >= _nearest(a, b) - 1e-3
-        for a, b in combinations(objects, 2)
+        math.hypot(a["x"] - b["x"], a["y"] - b["y"]) >= _nearest(a, b) - 1e-3 for a, b in combinations(objects, 2)
     )
 
 
@@ -275,9 +271,7 @@ def _place_beside(rng: Random, first: dict[str, Any], other: dict[str, Any], axi
     offset = rng.uniform(_nearest(first, other), room)
     most_aside = offset / (_DOMINANCE + 0.05)
     other[axis] = round(first[axis] + sign * offset, 4)
-    other[aside] = round(
-        rng.uniform(max(low, first[aside] - most_aside), min(high, first[aside] + most_aside)), 4
-    )
+    other[aside] = round(rng.uniform(max(low, first[aside] - most_aside), min(high, first[aside] + most_aside)), 4)
 
 
 def _relations(objects: list[dict[str, Any]]) -> list[list[Any]]:
@@ -363,8 +357,7 @@ def _unit_outline(shape: str) -> list[tuple[float, float]]:
         return [p for k in range(4) for p in ([_turn(q, k) for q in quarter])]
     if shape == "heart":
         return [
-            (0.058 * 16 * math.sin(a) ** 3, -0.058 * _heart_height(a) - 0.1)
-            for a in (t + math.pi / 48 for t in turns)
+            (0.058 * 16 * math.sin(a) ** 3, -0.058 * _heart_height(a) - 0.1) for a in (t + math.pi / 48 for t in turns)
         ]
     raise ValueError(f"unknown shape {shape!r}: expected one of {', '.join(SHAPES)}")
 

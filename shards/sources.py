@@ -34,9 +34,7 @@ class Source:
     notes: list[str]
 
 
-def flickr8k(
-    images: Path | None, captions: Path, split: str, allow_missing: bool, npz: Path | None = None
-) -> Source:
+def flickr8k(images: Path | None, captions: Path, split: str, allow_missing: bool, npz: Path | None = None) -> Source:
     """Flickr8k as it is passed around: a folder of photos and `captions.txt`. `split`: a file, `karpathy`, or
     `random:SEED`. Without `images` the samples are captions only, of the photos that `npz` names."""
     texts, rejected = read_captions(captions)
@@ -130,21 +128,15 @@ def _caption_rows(path: Path) -> Iterator[tuple[int, str, str]]:
             reader = csv.reader(file, strict=True)
             header = [name.strip().lower() for name in next(reader, [])]
             if header != ["image", "caption"]:
-                raise ValueError(
-                    f"{path} starts with {','.join(header)!r}, expected the header image,caption"
-                )
+                raise ValueError(f"{path} starts with {','.join(header)!r}, expected the header image,caption")
             line = reader.line_num + 1
             for row in reader:
                 if reader.line_num > line:
-                    raise ValueError(
-                        f"{path} line {line}: a quote opens here and closes in line {reader.line_num}"
-                    )
+                    raise ValueError(f"{path} line {line}: a quote opens here and closes in line {reader.line_num}")
                 if row:
                     name, caption = row[0].strip(), ",".join(row[1:]).strip()
                     if len(row) < 2 or not name:
-                        raise ValueError(
-                            f"{path} line {line}: {','.join(row)!r} is no image name and caption"
-                        )
+                        raise ValueError(f"{path} line {line}: {','.join(row)!r} is no image name and caption")
                     yield line, name, caption
                 line = reader.line_num + 1
     except UnicodeDecodeError as error:
@@ -167,9 +159,7 @@ def find_photos(folder: Path) -> tuple[dict[str, Path], list[str]]:
         if not path.is_file() or path.suffix.lower() not in PHOTO_SUFFIXES:
             others.append(path.name)
         elif photo_id in photos:
-            raise ValueError(
-                f"{folder} holds {photos[photo_id].name} and {path.name}: which is photo {photo_id}?"
-            )
+            raise ValueError(f"{folder} holds {photos[photo_id].name} and {path.name}: which is photo {photo_id}?")
         else:
             photos[photo_id] = path
     if not photos:
@@ -228,9 +218,7 @@ def random_splits(photo_ids: list[str], seed: int) -> dict[str, str]:
     """80/10/10, drawn over all photos with captions, so that which photos are at hand doesn't change it."""
     num_held_out = round(0.1 * len(photo_ids))
     if num_held_out == 0:
-        raise ValueError(
-            f"{len(photo_ids)} photos are too few for a random split of 80/10/10; use a split file"
-        )
+        raise ValueError(f"{len(photo_ids)} photos are too few for a random split of 80/10/10; use a split file")
     # RandomState, not Generator: numpy has frozen its stream for good.
     shuffled = np.random.RandomState(seed).permutation(np.array(sorted(photo_ids)))
     split_of = dict.fromkeys((str(one) for one in shuffled), "train")

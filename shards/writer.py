@@ -177,9 +177,7 @@ class _OpenShard:
         self.samples.append((key, [self._append(key, suffix, data) for suffix, data in members.items()]))
 
     def _append(self, key: str, suffix: str, data: bytes) -> _Member:
-        header = tarfile.TarInfo(
-            f"{key}.{suffix}"
-        )  # mode 0644, uid and gid 0, mtime 0: nothing of this machine
+        header = tarfile.TarInfo(f"{key}.{suffix}")  # mode 0644, uid and gid 0, mtime 0: nothing of this machine
         header.size = len(data)
         self._tar.write(header.tobuf(tarfile.USTAR_FORMAT))
         offset = self._tar.tell()
@@ -192,13 +190,9 @@ class _OpenShard:
         self._tar.write(b"\0" * (2 * TAR_BLOCK))
         path = tar_path(directory, self.name)
         with self._tar.getbuffer() as tar:
-            info = ShardInfo(
-                self.name, self.split, len(self.samples), len(tar), hashlib.sha256(tar).hexdigest()
-            )
+            info = ShardInfo(self.name, self.split, len(self.samples), len(tar), hashlib.sha256(tar).hexdigest())
             kept = _write_unless_there(path, tar)
-        kept = (
-            _write_unless_there(member_index_path(path), self._member_index(info.bytes).to_bytes()) and kept
-        )
+        kept = _write_unless_there(member_index_path(path), self._member_index(info.bytes).to_bytes()) and kept
         return info, kept
 
     def _member_index(self, tar_bytes: int) -> MemberIndex:
@@ -255,9 +249,7 @@ def _check(sample: RawSample, seen: set[str]) -> None:
         raise ValueError(f"{sample.source}: photo {sample.photo_id!r} comes twice. Make the photo ids unique")
     seen.add(sample.photo_id)
     if not re.fullmatch(r"[A-Za-z0-9_]+", sample.split):
-        raise ValueError(
-            f"photo {sample.photo_id!r}: split {sample.split!r} must be of letters, digits and _"
-        )
+        raise ValueError(f"photo {sample.photo_id!r}: split {sample.split!r} must be of letters, digits and _")
     if not sample.captions:
         raise ValueError(f"{sample.source}: photo {sample.photo_id!r} has no caption")
 

@@ -1,4 +1,4 @@
-"""What all tests share: one thread each (the suite runs beside others), no network, and small shards made on the spot."""
+"""What all tests share: one thread each (they run beside others), no network, small shards made on the spot."""
 
 from __future__ import annotations
 

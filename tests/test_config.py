@@ -100,13 +100,16 @@ def test_help_answers_at_once(command: list[str]) -> None:
         return min(times)
 
     assert best(command) < best(["-c", "pass"]) + 0.4
-    code = f"import sys; sys.argv = {command[1:]!r}; import runpy\ntry: runpy.run_module({command[1]!r})\nexcept SystemExit: pass\n"
+    code = f"import sys, runpy\nsys.argv = {command[1:]!r}\n"
+    code += f"try: runpy.run_module({command[1]!r}, run_name='__main__')\nexcept SystemExit: pass\n"
     code += "print([m for m in ('torch', 'deepspeed', 'open_clip', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip().endswith("[]")
 
 
-@pytest.mark.parametrize("words, message", [(["frobnicate"], "unknown verb"), ([], "usage"), (["train", "no.yaml"], "no such config file")])
+@pytest.mark.parametrize(
+    "words, message", [(["frobnicate"], "unknown verb"), ([], "usage"), (["train", "no.yaml"], "no such config file")]
+)
 def test_the_front_door(words: list[str], message: str) -> None:
     done = subprocess.run([sys.executable, "-m", "diffcap_dist", *words], capture_output=True, text=True)
     assert done.returncode == 2

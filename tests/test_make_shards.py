@@ -67,9 +67,7 @@ def raw(tmp_path: Path) -> Path:
         (tmp_path / "photos" / f"{i}.jpg").write_bytes(jpeg(i))
     rows = [(f"{i}.jpg", f'a "{word}" , number {i}') for i in range(10) for word in ("dog", "cat")]
     write_captions(tmp_path / "captions.txt", rows)
-    (tmp_path / "split.txt").write_text(
-        "".join(f"{i}.jpg {'test' if i > 7 else 'train'}\n" for i in range(10))
-    )
+    (tmp_path / "split.txt").write_text("".join(f"{i}.jpg {'test' if i > 7 else 'train'}\n" for i in range(10)))
     return tmp_path
 
 
@@ -110,9 +108,7 @@ def test_flickr8k_end_to_end(raw: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["verify", str(raw / "out")]) == 0
 
 
-def test_second_run_has_nothing_to_do_and_another_is_refused(
-    raw: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_second_run_has_nothing_to_do_and_another_is_refused(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert flickr8k(raw) == 0
     before = {path.name: path.stat().st_mtime_ns for path in (raw / "out").iterdir()}
     assert flickr8k(raw) == 0
@@ -142,12 +138,8 @@ def test_verify_reports_damage(raw: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "sample 9" in captured.err and "damages: 1" in captured.out
 
 
-def test_scenes_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def generate(
-        num_train: int, num_val: int, num_test: int, **_: object
-    ) -> Iterator[tuple[str, bytes, dict]]:
+def test_scenes_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def generate(num_train: int, num_val: int, num_test: int, **_: object) -> Iterator[tuple[str, bytes, dict]]:
         for split, count in (("train", num_train), ("val", num_val), ("test", num_test)):
             for i in range(count):
                 yield f"{split}{i}", jpeg(i), {"captions": ["a"], "split": split, "scene": {"objects": [i]}}
@@ -199,9 +191,7 @@ def test_missing_photos_stop_it_unless_allowed(raw: Path, capsys: pytest.Capture
     assert not (raw / "out").exists()
     assert flickr8k(raw, "--allow-missing") == 0
     out = capsys.readouterr().out
-    assert (
-        "photos: 10 = 9 in shards + 1 rejected" in out and "captions: 20 = 18 in shards + 2 rejected" in out
-    )
+    assert "photos: 10 = 9 in shards + 1 rejected" in out and "captions: 20 = 18 in shards + 2 rejected" in out
     (line,) = (raw / "out" / "rejected.jsonl").read_text().splitlines()
     assert json.loads(line)["photo_id"] == "3" and json.loads(line)["reason"] == sources.NO_PHOTO
 
@@ -268,9 +258,9 @@ def test_nothing_left_is_an_error(raw: Path, capsys: pytest.CaptureFixture[str])
 
 # ---- captions.txt ----
 
-captions_text = st.text(
-    st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1, max_size=40
-).filter(lambda text: text == text.strip() and text)
+captions_text = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1, max_size=40).filter(
+    lambda text: text == text.strip() and text
+)
 photo_names = st.from_regex(r"[a-z0-9_]{1,12}\.(jpg|png|JPEG)", fullmatch=True)
 
 
@@ -301,9 +291,7 @@ def test_any_captions_survive_the_csv(
 
 def test_bare_commas_and_inner_quotes_are_part_of_the_caption(tmp_path: Path) -> None:
     path = tmp_path / "captions.txt"
-    path.write_text(
-        'Image , Caption\n1.jpg,A dog , a cat , and a "bird" .\n\n1.jpg,"He says "" hi "" , twice"\n'
-    )
+    path.write_text('Image , Caption\n1.jpg,A dog , a cat , and a "bird" .\n\n1.jpg,"He says "" hi "" , twice"\n')
     texts, _ = sources.read_captions(path)
     assert texts == {"1": ['A dog , a cat , and a "bird" .', 'He says " hi " , twice']}
 
@@ -342,9 +330,7 @@ def test_bad_captions_files_say_where(tmp_path: Path, content: bytes, message: s
 
 
 @settings(deadline=None)
-@given(
-    st.dictionaries(photo_names.map(lambda name: Path(name).stem), st.sampled_from(["train", "val", "test"]))
-)
+@given(st.dictionaries(photo_names.map(lambda name: Path(name).stem), st.sampled_from(["train", "val", "test"])))
 def test_split_files_of_both_kinds_say_the_same(
     tmp_path_factory: pytest.TempPathFactory, split_of: dict[str, str]
 ) -> None:
@@ -503,9 +489,7 @@ def captions_only(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_npz_route_makes_captions_and_features(
-    captions_only: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_npz_route_makes_captions_and_features(captions_only: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expected_NF = made_features(made_captions(0)).astype(np.float16)
     index = ShardIndex.load(captions_only / "out")
     info = index.feature("fits")
@@ -597,9 +581,7 @@ def test_alignment_is_chance_for_unrelated_captions() -> None:
         assert abs(features.alignment(features_NF, captions).z) < features.MIN_ALIGNMENT_Z
 
 
-def install_encoder(
-    monkeypatch: pytest.MonkeyPatch, rows: list[tuple[str, str]], fail_at: int | None = None
-) -> list:
+def install_encoder(monkeypatch: pytest.MonkeyPatch, rows: list[tuple[str, str]], fail_at: int | None = None) -> list:
     """A stand-in for the encoder module: a photo's first pixel says which row of features it has."""
     import torch
 

@@ -209,9 +209,7 @@ def test_trained_embeddings_keep_unit_variance() -> None:
 
 
 def test_the_paper_feeds_x_t_straight_in() -> None:
-    denoiser = small_denoiser(
-        None, embedding_dim=32, self_conditioning=False, time_embedding=False, x0_from="body"
-    )
+    denoiser = small_denoiser(None, embedding_dim=32, self_conditioning=False, time_embedding=False, x0_from="body")
     assert isinstance(denoiser.input_projection, torch.nn.Identity)
     assert isinstance(denoiser.output_projection, torch.nn.Identity)
     x = torch.randn(N, L, 32)

@@ -74,7 +74,7 @@ def test_a_rank_reads_only_its_spans() -> None:
 @given(st.integers(1, 300), st.sampled_from([1, 2, 3, 4, 7]))
 def test_evaluation_is_an_exact_partition(total: int, world: int) -> None:
     parts = [list(evaluation_positions(total, rank, world)) for rank in range(world)]
-    assert sorted(sum(parts, [])) == list(range(total))
+    assert sorted(p for part in parts for p in part) == list(range(total))
 
 
 def test_draws_are_uniform_and_unrelated() -> None:

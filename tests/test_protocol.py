@@ -29,10 +29,7 @@ photos = st.dictionaries(st.sampled_from("pqrstu"), st.lists(texts, min_size=1, 
 
 def many_captions(count: int, seed: int) -> list[str]:
     draw = random.Random(seed)
-    return [
-        " ".join(f"w{int(200 * draw.random() ** 3)}" for _ in range(draw.randint(6, 15)))
-        for _ in range(count)
-    ]
+    return [" ".join(f"w{int(200 * draw.random() ** 3)}" for _ in range(draw.randint(6, 15))) for _ in range(count)]
 
 
 def test_human_row_is_every_reference_against_the_rest_in_one_corpus() -> None:
@@ -71,10 +68,7 @@ def test_floor_is_the_candidate_that_scores_best_on_every_photo(
 
 
 def test_floor_of_a_known_corpus() -> None:
-    assert (
-        floor_caption(PHOTOS, ["a cat", "a dog runs on the grass", "the dog is red"])
-        == "a dog runs on the grass"
-    )
+    assert floor_caption(PHOTOS, ["a cat", "a dog runs on the grass", "the dog is red"]) == "a dog runs on the grass"
     scores = floor_scores("a dog runs on the grass", PHOTOS)
     assert scores == score_captions(dict.fromkeys(PHOTOS, "a dog runs on the grass"), PHOTOS)
 
@@ -124,9 +118,7 @@ def test_retrieval_in_blocks_is_retrieval() -> None:
     train, queries = draw.normal(size=(40, 8)), draw.normal(size=(600, 8))
     captions = [[text] for text in many_captions(40, seed=1)]
     whole = retrieval_captions(train, captions, queries, neighbours=5)
-    one_by_one = [
-        retrieval_captions(train, captions, query[None], neighbours=5)[0] for query in queries[250:260]
-    ]
+    one_by_one = [retrieval_captions(train, captions, query[None], neighbours=5)[0] for query in queries[250:260]]
     assert whole[250:260] == one_by_one
 
 

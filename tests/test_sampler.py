@@ -86,7 +86,9 @@ def test_self_conditioning_sees_the_estimate_before() -> None:
 
 def test_x0_feedback_is_iteration() -> None:
     drafts: list[tuple[int, float]] = []
-    x = x0_feedback(lambda x, t, p: x / 2, torch.full((1, 1, 1), 32.0), 5, on_step=lambda s, t, x: drafts.append((s, t)))
+    x = x0_feedback(
+        lambda x, t, p: x / 2, torch.full((1, 1, 1), 32.0), 5, on_step=lambda s, t, x: drafts.append((s, t))
+    )
     assert x.item() == 1.0
     assert [step for step, _ in drafts] == [0, 1, 2, 3, 4]
 

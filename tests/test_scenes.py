@@ -295,9 +295,7 @@ def test_same_seed_same_bytes_for_any_number_of_workers() -> None:
 def test_a_scene_from_json_gives_the_same_picture() -> None:
     scene = make_scene(Random(5))
     assert render(json.loads(json.dumps(scene))).tobytes() == render(scene).tobytes()
-    assert render({**scene, "background": "sand" if scene["background"] != "sand" else "sky"}) != render(
-        scene
-    )
+    assert render({**scene, "background": "sand" if scene["background"] != "sand" else "sky"}) != render(scene)
 
 
 @pytest.mark.parametrize("background", BACKGROUNDS)

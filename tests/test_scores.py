@@ -104,9 +104,7 @@ def test_score_captions_equals_pycocoevalcap_on_its_tokens() -> None:
         "p2": "Kids play on the floor",
     }
     scores = score_captions(hypotheses, references)
-    samples = [
-        (tokenize(hypotheses[key]), [tokenize(text) for text in references[key]]) for key in references
-    ]
+    samples = [(tokenize(hypotheses[key]), [tokenize(text) for text in references[key]]) for key in references]
     bleus, ciders, rouges = pycoco(samples)
     assert list(scores) == ["bleu_1", "bleu_2", "bleu_3", "bleu_4", "cider_d", "rouge_l"]
     expected = [*bleus, np.mean(ciders), np.mean(rouges)]
@@ -170,9 +168,7 @@ def test_order_of_references_does_not_matter(
     assert rouge_l(caption, references) == rouge_l(caption, shuffled)
     others = [[["a", "dog"]], [["the", "ball", "on", "grass"]]]
     hypotheses = [caption, ["a"], ["the"]]
-    assert cider_d(hypotheses, [references, *others]) == pytest.approx(
-        cider_d(hypotheses, [shuffled, *others])
-    )
+    assert cider_d(hypotheses, [references, *others]) == pytest.approx(cider_d(hypotheses, [shuffled, *others]))
 
 
 @pytest.mark.parametrize(

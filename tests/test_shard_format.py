@@ -68,9 +68,7 @@ def dataset(written: Path, tmp_path: Path) -> Path:
 
 def all_samples(directory: Path) -> dict[str, tuple[dict, bytes | None]]:
     shards = [open_shard(directory, info) for info in ShardIndex.load(directory).shards]
-    return {
-        shard.key(i): (shard.record(i), shard.image_bytes(i)) for shard in shards for i in range(len(shard))
-    }
+    return {shard.key(i): (shard.record(i), shard.image_bytes(i)) for shard in shards for i in range(len(shard))}
 
 
 def test_every_sample_comes_back_untouched(written: Path) -> None:
@@ -247,9 +245,7 @@ def test_bad_index_is_refused(dataset: Path, change: dict, message: str) -> None
 
 
 def test_features_of_another_shape_are_refused(dataset: Path) -> None:
-    info = FeatureInfo(
-        "f", "e", None, 4, None, "none", {"val-000000": {"pooled": {"file": "v.npy", "sha256": ""}}}
-    )
+    info = FeatureInfo("f", "e", None, 4, None, "none", {"val-000000": {"pooled": {"file": "v.npy", "sha256": ""}}})
     shard = Shard(dataset / "val-000000.tar")
     np.save(dataset / "v.npy", np.ones((NUM_VAL, 4), np.float16))
     pooled_NF, patches_NPF = shard.features(info)
@@ -262,9 +258,7 @@ def test_features_of_another_shape_are_refused(dataset: Path) -> None:
         Shard(dataset / "train-000000.tar").features(info)
 
 
-def test_atomic_write_keeps_the_old_content_when_it_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_atomic_write_keeps_the_old_content_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full_disk(_: int) -> None:
         raise OSError("no space left")
 

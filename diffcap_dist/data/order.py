@@ -63,9 +63,7 @@ class SampleOrder:
     divides C and C divides N it only ever touches its own spans.
     """
 
-    def __init__(
-        self, counts: Sequence[int], seed: int, canonical_spans: int = 64, shuffle_window: int = 4096
-    ) -> None:
+    def __init__(self, counts: Sequence[int], seed: int, canonical_spans: int = 64, shuffle_window: int = 4096) -> None:
         self.counts = np.asarray(counts, dtype=np.int64)
         if self.counts.ndim != 1 or (self.counts < 0).any() or self.counts.sum() == 0:
             raise ValueError(f"need at least one sample in the shards; got sample counts {list(counts)[:8]}")

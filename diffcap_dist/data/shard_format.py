@@ -101,12 +101,8 @@ class ShardIndex:
     def load(cls, directory: Path) -> "ShardIndex":
         path = directory / INDEX_FILE
         if not path.is_file():
-            what = (
-                "has no index.json, so it is no finished dataset" if directory.is_dir() else "does not exist"
-            )
-            raise ValueError(
-                f"{directory} {what}. Make it, or finish it, by running its `make-shards` command"
-            )
+            what = "has no index.json, so it is no finished dataset" if directory.is_dir() else "does not exist"
+            raise ValueError(f"{directory} {what}. Make it, or finish it, by running its `make-shards` command")
         try:
             content = json.loads(path.read_bytes())
             version = content["version"]
@@ -125,9 +121,7 @@ class ShardIndex:
 
     def save(self, directory: Path) -> None:
         content = {"version": INDEX_VERSION, **dataclasses.asdict(self)}
-        atomic_write(
-            directory / INDEX_FILE, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
-        )
+        atomic_write(directory / INDEX_FILE, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
     def splits(self) -> list[str]:
         return list(dict.fromkeys(shard.split for shard in self.shards))
@@ -136,9 +130,7 @@ class ShardIndex:
         found = [shard for shard in self.shards if shard.split == name and shard.samples > 0]
         if not found:
             existing = ", ".join(f"{split} ({self.num_samples(split)} samples)" for split in self.splits())
-            raise ValueError(
-                f"split {name!r} has no samples; the dataset has: {existing or 'no split at all'}"
-            )
+            raise ValueError(f"split {name!r} has no samples; the dataset has: {existing or 'no split at all'}")
         return found
 
     def num_samples(self, split: str) -> int:
@@ -156,16 +148,11 @@ class ShardIndex:
     def _checked(self, path: Path) -> "ShardIndex":
         """An index may come from elsewhere: no name in it may lead out of the dataset's folder."""
         files = [
-            file["file"]
-            for info in self.features.values()
-            for kinds in info.files.values()
-            for file in kinds.values()
+            file["file"] for info in self.features.values() for kinds in info.files.values() for file in kinds.values()
         ]
         for name in [shard.name for shard in self.shards] + files:
             if Path(name).name != name:
-                raise ValueError(
-                    f"{path} names the file {name!r}, which is not a plain file name. Do not use it"
-                )
+                raise ValueError(f"{path} names the file {name!r}, which is not a plain file name. Do not use it")
         return self
 
 
@@ -199,10 +186,7 @@ class MemberIndex:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ShardDamage(tar, None, f"its member index {path.name} can't be read ({error})") from error
         shape = (len(index.keys), len(index.suffixes))
-        if (
-            not index.offset.shape == index.size.shape == index.crc32.shape == shape
-            or "json" not in index.suffixes
-        ):
+        if not index.offset.shape == index.size.shape == index.crc32.shape == shape or "json" not in index.suffixes:
             raise ShardDamage(tar, None, f"its member index {path.name} has arrays that don't fit together")
         return index
 
@@ -286,18 +270,14 @@ class Shard:
             raise ShardDamage(self.path, self.key(sample), f"{where} has {len(data)} bytes, expected {size}")
         found, expected = zlib.crc32(data), int(members.crc32[sample, column])
         if found != expected:
-            raise ShardDamage(
-                self.path, self.key(sample), f"{where} has crc32 {found:08x}, expected {expected:08x}"
-            )
+            raise ShardDamage(self.path, self.key(sample), f"{where} has crc32 {found:08x}, expected {expected:08x}")
         return data
 
     def _feature_array(
         self, info: FeatureInfo, files: dict[str, dict[str, str]], kind: str, shape: tuple[int, ...]
     ) -> np.ndarray:
         if kind not in files:
-            raise ValueError(
-                f"{self.path}: features {info.name!r} have no {kind} file for it. Write them again"
-            )
+            raise ValueError(f"{self.path}: features {info.name!r} have no {kind} file for it. Write them again")
         path = self.path.with_name(files[kind]["file"])
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -305,9 +285,7 @@ class Shard:
             raise ShardDamage(path, None, f"the {kind} features can't be read ({error})") from error
         if array.shape != shape or array.dtype != np.float16:
             found = f"{array.dtype} of shape {array.shape}"
-            raise ShardDamage(
-                path, None, f"the {kind} features are {found}, expected float16 of shape {shape}"
-            )
+            raise ShardDamage(path, None, f"the {kind} features are {found}, expected float16 of shape {shape}")
         return array
 
 
@@ -329,10 +307,7 @@ def verify(directory: Path) -> list[str]:
     damages = [damage for info in index.shards for damage in _shard_damages(directory, info, index)]
     known = {info.name for info in index.shards}
     for feature in index.features.values():
-        damages += [
-            f"features {feature.name!r} list the unknown shard {name}"
-            for name in feature.files.keys() - known
-        ]
+        damages += [f"features {feature.name!r} list the unknown shard {name}" for name in feature.files.keys() - known]
     return damages
 
 
@@ -369,9 +344,7 @@ def _feature_damages(shard: Shard, info: FeatureInfo) -> list[str]:
         shard.features(info)
     except ValueError as damage:
         return [str(damage)]
-    paths = [
-        (shard.path.with_name(file["file"]), file["sha256"]) for file in info.files[shard.path.stem].values()
-    ]
+    paths = [(shard.path.with_name(file["file"]), file["sha256"]) for file in info.files[shard.path.stem].values()]
     return [
         str(ShardDamage(path, None, f"its sha256 differs from that in {INDEX_FILE}"))
         for path, sha256 in paths

@@ -107,8 +107,8 @@ class ShardReader:
         data = self._shard(shard).image_bytes(sample)
         if data is None:
             raise ValueError(
-                f"{self.directory / self.shards[shard].name}.tar: {self._shard(shard).key(sample)} has no image (shards "
-                "of captions only): set data.features to features beside the shards"
+                f"{self.directory / self.shards[shard].name}.tar: {self._shard(shard).key(sample)} has no image "
+                "(shards of captions only): set data.features to features beside the shards"
             )
         return self.transform(Image.open(io.BytesIO(data)).convert("RGB"))
 
@@ -135,9 +135,7 @@ class _Positions(Dataset):
     def __getitem__(self, position: int) -> tuple[int, Photo, Tensor]:
         place = self.order.sample_at(position)
         photo = self.reader.photo(place.shard, place.sample)
-        captions = chosen_captions(
-            photo.record["captions"], self.config.captions_per_image, self.seed, position
-        )
+        captions = chosen_captions(photo.record["captions"], self.config.captions_per_image, self.seed, position)
         ids_CL, _ = self.tokenizer.encode(captions, self.config.max_length)
         return position, photo, torch.from_numpy(ids_CL)
 
@@ -167,9 +165,7 @@ class CaptionStream:
         return iter(
             DataLoader(
                 self.dataset,
-                batch_sampler=_batched(
-                    rank_positions(self.samples_seen, self.rank, self.world_size), self.batch_size
-                ),  # type: ignore[arg-type]
+                batch_sampler=_batched(rank_positions(self.samples_seen, self.rank, self.world_size), self.batch_size),  # type: ignore[arg-type]
                 num_workers=workers,
                 collate_fn=collate,
                 worker_init_fn=reset_in_worker,

@@ -42,13 +42,9 @@ def rounding_loss(input_BLD: Tensor, table_VD: Tensor, ids_BL: Tensor) -> Tensor
     if tokens_TD.shape[0] * table_VD.shape[0] <= SMALL_LOGITS:
         return F.cross_entropy((tokens_TD @ table_VD.T).float(), ids_T)
     if hasattr(F, "linear_cross_entropy"):
-        return F.linear_cross_entropy(
-            tokens_TD, table_VD, ids_T, options=torch.nn.LinearCrossEntropyOptions()
-        )
+        return F.linear_cross_entropy(tokens_TD, table_VD, ids_T, options=torch.nn.LinearCrossEntropyOptions())
     chunks = zip(tokens_TD.split(CHUNK_TOKENS), ids_T.split(CHUNK_TOKENS))
-    sums = [
-        checkpoint(_chunk_cross_entropy, tokens, table_VD, ids, use_reentrant=False) for tokens, ids in chunks
-    ]
+    sums = [checkpoint(_chunk_cross_entropy, tokens, table_VD, ids, use_reentrant=False) for tokens, ids in chunks]
     return torch.stack(sums).sum() / ids_T.numel()
 
 
@@ -134,11 +130,7 @@ class DiffusionObjective(nn.Module):
                 earlier_BLD = denoiser(x_BLD, draws.t_B, image, None, draws.image_dropped_N)
                 previous_x0_BLD = denoiser.clean_estimate(earlier_BLD)
         hidden_BLD = denoiser(x_BLD, draws.t_B, image, previous_x0_BLD, draws.image_dropped_N)
-        terms = {
-            "rounding": rounding_loss(
-                denoiser.rounding_input(hidden_BLD), denoiser.embedding_matrix(), ids_BL
-            )
-        }
+        terms = {"rounding": rounding_loss(denoiser.rounding_input(hidden_BLD), denoiser.embedding_matrix(), ids_BL)}
         if config.restore_weight:
             terms["restore"] = restore_loss(denoiser.clean_estimate(hidden_BLD), x0_BLD, config.restore_loss)
         if config.first_step_weight:

@@ -58,9 +58,7 @@ def ddim(
     return x0_BLD
 
 
-def x0_feedback(
-    denoise: Denoise, x_BLD: Tensor, num_inference_steps: int, *, on_step: OnStep | None = None
-) -> Tensor:
+def x0_feedback(denoise: Denoise, x_BLD: Tensor, num_inference_steps: int, *, on_step: OnStep | None = None) -> Tensor:
     """The paper's inference: hat x0 is fed straight back as the next input, without noise (section 5).
 
     The published denoiser has no time input; one that has is told t = 1 - step / steps.

@@ -34,9 +34,7 @@ class NoiseSchedule:
 
     def __post_init__(self) -> None:
         if self.noise_scale <= 0:
-            raise ValueError(
-                f"diffusion.noise_scale is {self.noise_scale}; it must be positive (1 = as published)"
-            )
+            raise ValueError(f"diffusion.noise_scale is {self.noise_scale}; it must be positive (1 = as published)")
         if self.name not in ("cosine", "sqrt"):
             raise ValueError(f"diffusion.schedule is {self.name!r}; known schedules: cosine, sqrt")
 

@@ -1,7 +1,7 @@
 """Captioner: image features -> captions, from a denoiser in training or from an exported folder.
 
-In: a denoiser (or ``export/``: safetensors, config, tokenizer; no DeepSpeed) and sampler settings. Out: captions and, on
-request, the draft after every denoising step. The noise of a photo comes from its key and the sampler's seed, so a
+In: a denoiser (or ``export/``: safetensors, config, tokenizer; no DeepSpeed) and sampler settings. Out: captions and,
+on request, the draft after every denoising step. The noise of a photo comes from its key and the sampler's seed, so a
 caption does not depend on the batch, the rank or the other photos.
 """
 
@@ -53,7 +53,7 @@ class Captioner:
     def caption(
         self, features: ImageFeatures, keys: Sequence[str], drafts: list[list[Draft]] | None = None
     ) -> list[str]:
-        """One caption per photo. ``drafts``, when given, receives one list of Drafts per photo (of its first candidate)."""
+        """One caption per photo. ``drafts``, when given, receives a list of Drafts per photo (first candidate)."""
         sampler = self.config.sampler
         denoise = _GuidedDenoiser(self.denoiser, features, sampler.guidance_scale)
         shape = (sampler.candidates, self.config.data.max_length, self.denoiser.embedding_dim)
@@ -88,9 +88,7 @@ class Captioner:
         texts = self.tokenizer.decode(logits_BLV.argmax(dim=-1).cpu().numpy())
         return [remove_repeats(text) for text in texts] if self.config.sampler.remove_repeats else texts
 
-    def _record(
-        self, drafts: list[list[Draft]], step: int, t: float, logits_BLV: Tensor, photos: int
-    ) -> None:
+    def _record(self, drafts: list[list[Draft]], step: int, t: float, logits_BLV: Tensor, photos: int) -> None:
         first_NLV = logits_BLV[:: self.config.sampler.candidates]
         if not drafts:
             drafts.extend([] for _ in range(photos))
@@ -147,14 +145,10 @@ def export_captioner(
     atomic_write(folder / "model.safetensors", save({name: t.contiguous() for name, t in state.items()}))
 
 
-def load_captioner(
-    folder: Path, overrides: Sequence[str] = (), device: torch.device | None = None
-) -> Captioner:
+def load_captioner(folder: Path, overrides: Sequence[str] = (), device: torch.device | None = None) -> Captioner:
     """An exported captioner, with ``key=value`` changes to its sampler. Raises ValueError when there is none."""
     if not (folder / "model.safetensors").is_file():
-        raise ValueError(
-            f"{folder} holds no exported captioner (model.safetensors): train one with diffcap train"
-        )
+        raise ValueError(f"{folder} holds no exported captioner (model.safetensors): train one with diffcap train")
     config = load_config(folder / "config.yaml", overrides)
     tokenizer = CaptionTokenizer.load(str(folder / "tokenizer"))
     pooled, patches = about_export(folder)["feature_widths"]
@@ -170,7 +164,7 @@ def about_export(folder: Path) -> dict:
 
 
 def encode_images(folder: Path, config: Config, images: Sequence[Image.Image]) -> ImageFeatures:
-    """Features of pictures by the encoder that the exported captioner was trained with; an error if it is another one."""
+    """Features of pictures by the encoder that the captioner was trained with; an error if it is another one."""
     about = about_export(folder)
     if about["encoder_sha256"] is None:
         raise ValueError(
@@ -180,8 +174,8 @@ def encode_images(folder: Path, config: Config, images: Sequence[Image.Image]) -
     encoder = ImageEncoder(config.encoder.name, config.encoder.pretrained)
     if encoder.weights_sha256 != about["encoder_sha256"]:
         raise ValueError(
-            f"encoder {encoder.source} has weights {encoder.weights_sha256[:12]}, the captioner was trained on features "
-            f"of weights {about['encoder_sha256'][:12]}: set encoder.name / encoder.pretrained to those"
+            f"encoder {encoder.source} has weights {encoder.weights_sha256[:12]}, the captioner was trained "
+            f"on features of weights {about['encoder_sha256'][:12]}: set encoder.name / encoder.pretrained to those"
         )
     pooled_NF, patches_NPF = encoder(encoder.load_images(images))
     return ImageFeatures(pooled_NF, patches_NPF if config.encoder.patches else None)

@@ -162,15 +162,9 @@ def _check_retrieval(
             "(Q, F) of one encoder"
         )
     if len(captions) != len(train_NF):
-        raise ValueError(
-            f"{len(captions)} caption lists for {len(train_NF)} feature rows; expected one for each"
-        )
+        raise ValueError(f"{len(captions)} caption lists for {len(train_NF)} feature rows; expected one for each")
     if not 1 <= neighbours <= len(train_NF):
-        raise ValueError(
-            f"neighbours = {neighbours}; expected 1 to {len(train_NF)}, the training photos there are"
-        )
+        raise ValueError(f"neighbours = {neighbours}; expected 1 to {len(train_NF)}, the training photos there are")
     for row, texts in enumerate(captions):
         if isinstance(texts, str) or not texts:
-            raise ValueError(
-                f"captions of training photo {row} are {texts!r}; expected a list of at least one"
-            )
+            raise ValueError(f"captions of training photo {row} are {texts!r}; expected a list of at least one")

@@ -29,9 +29,7 @@ RELATIONS = {
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 _SIZE_OF_WORD = {word: size for size, words in SIZES.items() for word in words}
-_RELATION_OF_WORD = {
-    words: name for name, synonyms in RELATIONS.items() for words in synonyms if " " not in words
-}
+_RELATION_OF_WORD = {words: name for name, synonyms in RELATIONS.items() for words in synonyms if " " not in words}
 
 FactKind = Literal["object", "color", "size", "relation", "place", "malformed"]
 

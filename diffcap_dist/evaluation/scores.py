@@ -77,9 +77,7 @@ TOKEN = re.compile(
 @lru_cache(maxsize=1 << 16)
 def _word_tokens(word: str) -> tuple[str, ...]:
     found = TOKEN.findall(word)
-    found = [
-        "..." if t.startswith("...") else "--" if t.startswith("--") else BRACKETS.get(t, t) for t in found
-    ]
+    found = ["..." if t.startswith("...") else "--" if t.startswith("--") else BRACKETS.get(t, t) for t in found]
     return tuple(t for t in map(str.lower, found) if t not in COCO_PUNCTUATION)
 
 
@@ -167,9 +165,7 @@ def bleu_counts(hypothesis_tokens: Tokens, references_tokens: Sequence[Tokens]) 
 def bleu(counts: np.ndarray) -> tuple[float, float, float, float]:
     """BLEU-1..4 of summed counts, with pycocoevalcap's way round divisions by zero."""
     if counts.shape != (BLEU_COUNTS,):
-        raise ValueError(
-            f"BLEU counts have shape {counts.shape}; expected ({BLEU_COUNTS},): sum over samples first"
-        )
+        raise ValueError(f"BLEU counts have shape {counts.shape}; expected ({BLEU_COUNTS},): sum over samples first")
     tiny, small = 1e-15, 1e-9
     values = [int(count) for count in counts]
     ratio = (values[-2] + tiny) / (values[-1] + small)
@@ -186,9 +182,7 @@ def bleu(counts: np.ndarray) -> tuple[float, float, float, float]:
 CIDER_LENGTH_SIGMA = 6.0
 
 
-def counted_cider_d(
-    hypotheses: Sequence[CountedCaption], references: Sequence[CountedReferences]
-) -> list[float]:
+def counted_cider_d(hypotheses: Sequence[CountedCaption], references: Sequence[CountedReferences]) -> list[float]:
     """`cider_d` of what is already counted."""
     if len(hypotheses) != len(references):
         raise ValueError(f"{len(hypotheses)} hypotheses for {len(references)} samples; expected one for each")
@@ -276,21 +270,15 @@ def _check_same_samples(hypotheses: Mapping[str, str], references: Mapping[str, 
             raise ValueError(f"{len(keys)} {fault}, e.g. {sorted(keys)[:3]}; expected the same keys in both")
     for key, captions in references.items():
         if isinstance(captions, str) or not captions:
-            raise ValueError(
-                f"references of {key!r} are {captions!r}; expected a list of at least one caption"
-            )
+            raise ValueError(f"references of {key!r} are {captions!r}; expected a list of at least one caption")
 
 
-def score_captions(
-    hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]]
-) -> dict[str, float]:
+def score_captions(hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
     """Corpus scores of one caption per key: 0..1, but for CIDEr-D, whose 1.2 is printed as 120 in papers."""
     _check_same_samples(hypotheses, references)
     counted = [count_references([tokenize(text) for text in texts]) for texts in references.values()]
     captions = [count_caption(tokenize(hypotheses[key])) for key in references]
-    counts = sum(
-        (counted_bleu(h, r) for h, r in zip(captions, counted)), np.zeros(BLEU_COUNTS, dtype=np.int64)
-    )
+    counts = sum((counted_bleu(h, r) for h, r in zip(captions, counted)), np.zeros(BLEU_COUNTS, dtype=np.int64))
     rouge = [rouge_l(h.tokens, [r.tokens for r in refs.captions]) for h, refs in zip(captions, counted)]
     scores = {f"bleu_{order}": score for order, score in enumerate(bleu(counts), start=1)}
     scores["cider_d"] = float(np.mean(counted_cider_d(captions, counted)))

@@ -55,24 +55,18 @@ class Validation:
         self.tokenizer, self.encoder, self.ranks, self.seed = tokenizer, encoder, ranks, seed
         total = min(num_photos, sum(reader.counts))
         if total < ranks.world_size:
-            raise ValueError(
-                f"validation has {total} photos for {ranks.world_size} ranks; at least one for each"
-            )
+            raise ValueError(f"validation has {total} photos for {ranks.world_size} ranks; at least one for each")
         self.num_photos = total - total % ranks.world_size
         self.photos = list(evaluation_photos(reader, ranks.rank, ranks.world_size, self.num_photos))
 
-    def run(
-        self, objective: DiffusionObjective, captioner: Captioner, dtype: torch.dtype
-    ) -> dict[str, float]:
+    def run(self, objective: DiffusionObjective, captioner: Captioner, dtype: torch.dtype) -> dict[str, float]:
         """``val_loss`` and scores. The captions' noise and the times depend on the photo alone."""
         losses: list[float] = []
         captions: dict[str, str] = {}
         for start, photos in self._batches():
             features = photo_features(photos, self.encoder, self.ranks.device, dtype)
             losses.append(self._loss(objective, photos, features, start) * len(photos))
-            captions.update(
-                zip([p.key for p in photos], captioner.caption(features, [p.key for p in photos]))
-            )
+            captions.update(zip([p.key for p in photos], captioner.caption(features, [p.key for p in photos])))
         val_loss = distributed.mean([sum(losses) / len(self.photos)], self.ranks.device)[0]
         records = {p.key: p.record for p in self.photos}
         gathered = distributed.gather_to_first((captions, records), self.ranks)
@@ -84,14 +78,10 @@ class Validation:
             yield start, self.photos[start : start + BATCH_PHOTOS]
 
     @torch.no_grad()
-    def _loss(
-        self, objective: DiffusionObjective, photos: list[Photo], features: ImageFeatures, start: int
-    ) -> float:
+    def _loss(self, objective: DiffusionObjective, photos: list[Photo], features: ImageFeatures, start: int) -> float:
         denoiser = objective.denoiser
         captions = [photo.record["captions"][0] for photo in photos]
-        ids_NL = torch.from_numpy(self.tokenizer.encode(captions, denoiser.max_length)[0]).to(
-            self.ranks.device
-        )
+        ids_NL = torch.from_numpy(self.tokenizer.encode(captions, denoiser.max_length)[0]).to(self.ranks.device)
         world = self.ranks.world_size
         positions = [(start + i) * world + self.ranks.rank for i in range(len(photos))]
         shape = (denoiser.max_length, denoiser.embedding_dim)

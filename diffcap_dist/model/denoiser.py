@@ -20,8 +20,8 @@ from transformers import AutoModel, DistilBertConfig, DistilBertModel
 from diffcap_dist.config import ModelConfig
 
 TIME_FREQUENCIES = 64
-# As strong as the projected x_t beside it. DistilBERT's own 0.02 goes with word embeddings of 0.05, not of 1: with it the
-# denoiser learns which words long before it learns where they stand.
+# As strong as the projected x_t beside it. DistilBERT's own 0.02 goes with word embeddings of 0.05, not of 1:
+# with it the denoiser learns which words long before it learns where they stand.
 POSITION_INIT_STD = 0.5
 DISTILBERT_INIT = (0.02, 768)  # DistilBERT's initial std, and the width it was chosen for
 
@@ -65,9 +65,7 @@ class Denoiser(nn.Module):
         self.no_image = nn.Parameter(torch.zeros(H))
         self.segments = nn.Embedding(2, H)  # caption, image (section 5.5)
         self.time_mlp = (
-            nn.Sequential(nn.Linear(TIME_FREQUENCIES, H), nn.SiLU(), nn.Linear(H, H))
-            if config.time_embedding
-            else None
+            nn.Sequential(nn.Linear(TIME_FREQUENCIES, H), nn.SiLU(), nn.Linear(H, H)) if config.time_embedding else None
         )
         # The paper feeds x_t to the body as it is; that needs D = H and no second input.
         straight = self.embedding_dim == H and not config.self_conditioning
@@ -101,7 +99,7 @@ class Denoiser(nn.Module):
         """
         B, L, D = x_BLD.shape
         num_photos = image.pooled_NF.shape[0]
-        if L != self.max_length or D != self.embedding_dim or t_B.shape != (B,) or B % num_photos:
+        if self.max_length != L or self.embedding_dim != D or t_B.shape != (B,) or B % num_photos:
             raise ValueError(
                 f"expected x of shape (B, {self.max_length}, {self.embedding_dim}), t of shape (B,), and B a multiple "
                 f"of the photos; got x {tuple(x_BLD.shape)}, t {tuple(t_B.shape)}, {num_photos} photos"
@@ -124,9 +122,7 @@ class Denoiser(nn.Module):
         """What is multiplied with the embedding matrix to give logits."""
         if self.config.x0_from == "body":
             return hidden_BLD
-        return (
-            hidden_BLD * self.embedding_dim**-0.5
-        )  # unit-variance words: keeps the first logits near N(0, 1)
+        return hidden_BLD * self.embedding_dim**-0.5  # unit-variance words: keeps the first logits near N(0, 1)
 
     def logits(self, hidden_BLD: Tensor) -> Tensor:
         """logits_BLV, materialised: for sampling, not for training."""
@@ -145,9 +141,7 @@ class Denoiser(nn.Module):
         tokens_NPH = self.pooled_projection(image.pooled_NF)[:, None]
         if self.patch_projection is not None:
             if image.patches_NPF is None:
-                raise ValueError(
-                    "this denoiser was built with patch tokens (encoder.patches); the features have none"
-                )
+                raise ValueError("this denoiser was built with patch tokens (encoder.patches); the features have none")
             tokens_NPH = torch.cat([tokens_NPH, self.patch_projection(image.patches_NPF)], dim=1)
         if dropped_N is None:
             return tokens_NPH
@@ -186,9 +180,7 @@ def _body(config: ModelConfig) -> DistilBertModel:
         )
         nn.init.normal_(body.embeddings.position_embeddings.weight, std=POSITION_INIT_STD)
     else:
-        body = _pretrained(
-            config.body, "model.body", dropout=config.dropout, attention_dropout=config.dropout
-        )
+        body = _pretrained(config.body, "model.body", dropout=config.dropout, attention_dropout=config.dropout)
     body.embeddings.word_embeddings = nn.Identity()  # type: ignore[assignment]  # ours is the only table
     return body
 
@@ -196,12 +188,8 @@ def _body(config: ModelConfig) -> DistilBertModel:
 def _embedding_table(config: ModelConfig, vocab_size: int) -> Tensor:
     if config.embeddings == "random":
         # Every word equally long: the nearest word and the likeliest word are then the same.
-        return nn.functional.layer_norm(
-            torch.randn(vocab_size, config.embedding_dim), (config.embedding_dim,)
-        )
-    table_VD = (
-        _pretrained(config.embeddings, "model.embeddings").embeddings.word_embeddings.weight.detach().clone()
-    )
+        return nn.functional.layer_norm(torch.randn(vocab_size, config.embedding_dim), (config.embedding_dim,))
+    table_VD = _pretrained(config.embeddings, "model.embeddings").embeddings.word_embeddings.weight.detach().clone()
     if table_VD.shape[0] != vocab_size:
         raise ValueError(
             f"model.embeddings={config.embeddings} has {table_VD.shape[0]} words, the tokenizer {vocab_size}: "

@@ -75,8 +75,8 @@ def _create(model_name: str, pretrained: str) -> tuple[nn.Module, object]:
         raise ValueError(
             f"image encoder {model_name!r} (pretrained {pretrained!r}) could not be loaded: "
             f"{str(error).strip().splitlines()[0]}\n"
-            "On a machine with network run:  python -c \"import open_clip; "
-            f"open_clip.create_model_and_transforms({model_name!r}, pretrained={pretrained!r})\"\n"
+            'On a machine with network run:  python -c "import open_clip; '
+            f'open_clip.create_model_and_transforms({model_name!r}, pretrained={pretrained!r})"\n'
             "and copy the Hugging Face cache here, or set encoder.pretrained to a local weights file, or encoder.name "
             "to a folder with open_clip_config.json and weights."
         ) from error

@@ -65,18 +65,14 @@ def finish() -> None:
 
 def largest(values: Sequence[float], device: torch.device) -> list[float]:
     """Element-wise maximum over ranks: how one rank's flag reaches all of them at the same step."""
-    tensor = torch.tensor(
-        values, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device
-    )
+    tensor = torch.tensor(values, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor.tolist()
 
 
 def mean(values: Sequence[float], device: torch.device) -> list[float]:
     """Element-wise mean over ranks."""
-    tensor = torch.tensor(
-        values, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device
-    )
+    tensor = torch.tensor(values, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
     dist.all_reduce(tensor)
     return (tensor / dist.get_world_size()).tolist()
 

@@ -19,9 +19,7 @@ class EMA:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.averages = {
-            name: local_piece(p).detach().float().clone() for name, p in self._parameters.items()
-        }
+        self.averages = {name: local_piece(p).detach().float().clone() for name, p in self._parameters.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:

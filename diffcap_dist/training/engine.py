@@ -1,7 +1,7 @@
 """The engine: DeepSpeed around the objective. The only module that imports deepspeed.
 
-In: a ``DiffusionObjective``, settings and the ranks. Out: an engine whose forward, backward and step are spread over the
-ranks, and the parameters whole again for export. ``deepspeed_config`` is pure: what DeepSpeed is told, in one place.
+In: a ``DiffusionObjective``, settings and the ranks. Out: an engine whose forward, backward and step are spread over
+the ranks, and the parameters whole again for export. ``deepspeed_config`` is pure: what DeepSpeed is told, in one place.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from diffcap_dist.training.ema import local_piece
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """How ``global_batch_size`` photos are cut: ``micro`` per forward, ``accumulation`` forwards, ``world_size`` ranks."""
+    """``global_batch_size`` photos, cut: ``micro`` per forward, ``accumulation`` forwards, ``world_size`` ranks."""
 
     micro: int
     accumulation: int
@@ -108,9 +108,7 @@ def build_engine(
         weight_decay=optimizer.weight_decay,
     )
     config = deepspeed_config(training, optimizer, split, dtype)
-    engine, *_ = deepspeed.initialize(
-        model=objective, optimizer=adamw, config=config, dist_init_required=False
-    )
+    engine, *_ = deepspeed.initialize(model=objective, optimizer=adamw, config=config, dist_init_required=False)
     return engine
 
 

@@ -54,6 +54,7 @@ def main() -> None:
     ranks = distributed.init_ranks()
     report = {}
     for stage in (0, 1, 2, 3):
+
         def trainer(name: str, stage: int = stage) -> Trainer:
             words = [f"training.zero_stage={stage}", f"run_dir={out}/{name}{stage}"]
             return Trainer(load_config(Path(config_path), words), ranks)
