@@ -20,7 +20,9 @@ Letters: N photos (one caption each), K timesteps per caption, B = N K rows, L, 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -52,6 +54,7 @@ from diffcap_dist.model.image_encoder import ImageEncoder
 NUM_STEPS_T = 1000
 ROUNDING_WEIGHT = 0.3  # lambda of the paper's best run
 RELATIVE_TOLERANCE = 1e-4
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 TITLES = {
     "ours": "this project",
     "plain": "plain step of the paper",
@@ -224,17 +227,32 @@ def peak_bytes(variant: str, size: Size, clip_folder: Path, device: torch.device
 
     On a CPU it is the resident memory of the process, so call it in a process of its own.
     """
-    run = Runner(build(variant, size, clip_folder, device), Batch.random(size, device))
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        # Not getrusage's ru_maxrss: it holds the peak of building, and of the parent process, too.
-        before = _status_bytes("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    if device.type == "cpu":  # glibc then gives every freed tensor back at once: resident is what is in use
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    step, batch = build(variant, size, clip_folder, device), Batch.random(size, device)
+    Runner(step, batch)()  # libraries and modules that load at their first use (100 MiB) are no part of the step
+    step.zero_grad()
+    gc.collect()
+    before = _memory_in_use(device)
+    _forget_peak(device)
+    run = Runner(step, batch)
     for _ in range(2):  # only the second step finds AdamW's state
         run()
     return (torch.cuda.max_memory_allocated() if device.type == "cuda" else _status_bytes("VmHWM")) - before
+
+
+def _memory_in_use(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed would be used again unseen
+    return _status_bytes("VmRSS")
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:  # VmHWM starts anew; getrusage's ru_maxrss can't, and holds the parent's peak too
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _status_bytes(field: str) -> int:

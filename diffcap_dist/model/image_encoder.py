@@ -7,34 +7,48 @@ the weights, the preprocessing). Never trains, never writes; text is its busines
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms import Compose
+
+# Convolution towers end in maps too coarse to say where things are (2x2 at 64 pixels): patch tokens are taken from
+# the last map with at least 4x4 cells. In a ViT every block has the same grid, so that is its last block.
+MIN_PATCHES = 16
+
+_SCHEMES = ("local-dir:", "hf-hub:")
 
 
 class ImageEncoder(nn.Module):
     """A frozen CLIP in evaluation mode. ``name``/``pretrained`` as the settings ``encoder.*`` give them."""
 
+    clip: Any  # open_clip's models are untyped
+
     def __init__(self, name: str, pretrained: str = "") -> None:
         super().__init__()
-        model_name = f"local-dir:{name}" if Path(name).is_dir() else name
+        self._model_name = f"local-dir:{name}" if Path(name).is_dir() else name
+        _check_name(self._model_name, pretrained)
         self.source = f"{name}" + (f" / {pretrained}" if pretrained else "")
-        self.clip, self.transform = _create(model_name, pretrained)
+        self.clip, self.transform = _load(self._model_name, pretrained)
         self.clip.eval().requires_grad_(False)
         self.name = slug(name, pretrained)
         self.weights_sha256 = _weights_sha256(self.clip)
-        self.preprocessing = " | ".join(str(step) for step in self.transform.transforms if not callable_only(step))
-        self._model_name = model_name
-        height, width = _image_size(self.clip)
-        with torch.inference_mode():
-            pooled_BF, patches_BPF = self(torch.zeros(1, 3, height, width))
-        self.image_size = (height, width)
+        self.preprocessing = " | ".join(_described(step) for step in self.transform.transforms)
+        size = self.clip.visual.image_size
+        self.image_size: tuple[int, int] = (size, size) if isinstance(size, int) else tuple(size)
+        with torch.no_grad():
+            example_BCHW = torch.zeros(1, 3, *self.image_size)
+            maps = self.clip.visual.forward_intermediates(example_BCHW, indices=None)["image_intermediates"]
+        self._num_last_maps = _maps_from_the_end([m.shape[-2] * m.shape[-1] for m in maps])
+        pooled_BF, patches_BPF = self(example_BCHW)
         self.pooled_dim = pooled_BF.shape[1]
         self.patches_shape = (patches_BPF.shape[1], patches_BPF.shape[2])
 
@@ -42,18 +56,19 @@ class ImageEncoder(nn.Module):
         """Stays in evaluation mode whatever the module that holds it does: it is frozen."""
         return super().train(False)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: a trained projection must be able to save the features for its backward
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """images_BCHW (preprocessed by ``transform``) -> L2-normalised pooled_BF and patches_BPF (P = H' x W')."""
-        output = self.clip.visual.forward_intermediates(images_BCHW, indices=1)
+        output = self.clip.visual.forward_intermediates(images_BCHW, indices=self._num_last_maps)
         pooled_BF = nn.functional.normalize(output["image_features"].float(), dim=-1)
-        return pooled_BF, output["image_intermediates"][-1].flatten(2).transpose(1, 2).float()
+        return pooled_BF, output["image_intermediates"][0].flatten(2).transpose(1, 2).float()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """L2-normalised text features_BF of the same CLIP."""
         tokens_BL = open_clip.get_tokenizer(self._model_name)(list(texts))
-        return self.clip.encode_text(tokens_BL, normalize=True).float()
+        device = next(self.clip.parameters()).device
+        return self.clip.encode_text(tokens_BL.to(device), normalize=True).float()
 
     def load_images(self, images: Sequence[Image.Image]) -> Tensor:
         """Preprocessed images_BCHW."""
@@ -68,35 +83,59 @@ def slug(name: str, pretrained: str = "") -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "-", "_".join(parts)).strip("-")
 
 
-def _create(model_name: str, pretrained: str) -> tuple[nn.Module, object]:
-    try:
-        model, _, transform = open_clip.create_model_and_transforms(model_name, pretrained=pretrained or None)
-    except Exception as error:
+def _check_name(model_name: str, pretrained: str) -> None:
+    """What can be told before anything is read. open_clip would list its 150 models, ignore ``pretrained`` beside a
+    folder or hub id, and hand out an untrained model without it."""
+    if model_name.startswith(_SCHEMES):
+        if pretrained:
+            raise ValueError(
+                f"encoder.pretrained={pretrained!r} would be ignored: {model_name!r} brings its own weights. "
+                "Leave encoder.pretrained empty"
+            )
+        return
+    known = open_clip.list_models()
+    if model_name.replace("/", "-") not in known:
+        by_lower_case = {name.lower(): name for name in known}
+        close = difflib.get_close_matches(model_name.lower(), by_lower_case, n=3)
+        meant = f" Did you mean {', '.join(by_lower_case[name] for name in close)}?" if close else ""
         raise ValueError(
-            f"image encoder {model_name!r} (pretrained {pretrained!r}) could not be loaded: "
-            f"{str(error).strip().splitlines()[0]}\n"
-            'On a machine with network run:  python -c "import open_clip; '
-            f'open_clip.create_model_and_transforms({model_name!r}, pretrained={pretrained!r})"\n'
-            "and copy the Hugging Face cache here, or set encoder.pretrained to a local weights file, or encoder.name "
-            "to a folder with open_clip_config.json and weights."
-        ) from error
-    if not pretrained and not model_name.startswith(("local-dir:", "hf-hub:")):
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model_name)[:6])
+            f"image encoder {model_name!r} is neither an open_clip model nor an existing folder.{meant} "
+            "A model of the Hugging Face hub is written hf-hub:ORG/MODEL"
+        )
+    if not pretrained:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model_name)[:6]) or "none"
         raise ValueError(
             f"encoder.pretrained is empty: {model_name!r} would be an untrained encoder. Set it to a weights file "
             f"or one of open_clip's tags: {tags}"
         )
-    return model, transform
 
 
-def callable_only(step: object) -> bool:
-    """Plain functions in a transform print their address, which differs from run to run."""
-    return type(step).__name__ == "function"
+def _load(model_name: str, pretrained: str) -> tuple[nn.Module, Compose]:
+    try:
+        return open_clip.create_model_from_pretrained(model_name, pretrained=pretrained or None)
+    except Exception as error:  # open_clip, the hub's client and torch raise many kinds
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        call = f"open_clip.create_model_from_pretrained({model_name!r}, pretrained={pretrained or None!r})"
+        raise ValueError(
+            f"image encoder {model_name!r} (pretrained {pretrained!r}) could not be loaded: {first_line}\n"
+            f'On a machine with network run:  python -c "import open_clip; {call}"\n'
+            "and copy the Hugging Face cache here, or set encoder.pretrained to a local weights file, or encoder.name "
+            "to a folder with open_clip_config.json and weights."
+        ) from error
 
 
-def _image_size(clip: nn.Module) -> tuple[int, int]:
-    size = clip.visual.image_size
-    return (size, size) if isinstance(size, int) else tuple(size)
+def _maps_from_the_end(cells: Sequence[int]) -> int:
+    """Which map, counted from the end (1 is the last), gives the patch tokens; ``cells`` of each map in order."""
+    for from_the_end, count in enumerate(reversed(cells), start=1):
+        if count >= MIN_PATCHES:
+            return from_the_end
+    return 1
+
+
+def _described(step: object) -> str:
+    """A step of the transform; one that prints its address, which differs from run to run, by its name."""
+    text = str(step)
+    return text if " at 0x" not in text else getattr(step, "__name__", type(step).__name__)
 
 
 def _weights_sha256(model: nn.Module) -> str:
