@@ -54,7 +54,7 @@ class Demo:
         stages = {
             "scenes": ("shards.make_shards", "scenes", "--out", shards, *sizes),
             "clip": ("diffcap_dist", "train-clip", shards, "--out", clip, *clip_length),
-            "features": ("shards.make_shards", "features", shards, "--encoder", clip, "--patches"),
+            "features": ("shards.make_shards", "features", shards, "--encoder", clip),
             "train": self._launched("diffcap_dist.train", str(CONFIG), *paths, *self.settings),
             "evaluate": self._launched("diffcap_dist.evaluate", str(self.out)),
         }

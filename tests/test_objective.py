@@ -119,6 +119,7 @@ def plain_reference(
 
     schedule, table = NoiseSchedule(config.schedule, config.noise_scale), denoiser.embedding_matrix()
     rows_per_photo = len(draws.t_B) // len(ids_NCL)
+    timesteps = rows_per_photo // ids_NCL.shape[1]
     sums = {"rounding": 0.0, "restore": 0.0, "first_step": 0.0}
     for row in range(len(draws.t_B)):
         photo = row // rows_per_photo
@@ -142,7 +143,8 @@ def plain_reference(
         x1_hat, _ = estimate(torch.tensor(1 / config.num_timesteps), None)
         sums["rounding"] += F.cross_entropy(logits, ids)  # type: ignore[assignment]
         sums["restore"] += (x0_hat[0] - table[ids]).abs().mean()  # type: ignore[assignment]
-        sums["first_step"] += (x1_hat[0] - table[ids]).abs().mean()  # type: ignore[assignment]
+        if row % timesteps == 0:  # the x_1 term stands once per caption
+            sums["first_step"] += timesteps * (x1_hat[0] - table[ids]).abs().mean()  # type: ignore[assignment]
     means: dict[str, Tensor] = {name: torch.as_tensor(total) / len(draws.t_B) for name, total in sums.items()}
     means["loss"] = 0.3 * means["rounding"] + 0.7 * means["restore"] + 0.2 * means["first_step"]
     return means

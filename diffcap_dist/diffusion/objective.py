@@ -23,7 +23,7 @@ from diffcap_dist.model.denoiser import Denoiser, ImageFeatures
 
 GOLDEN_RATIO = 0.6180339887498949
 SMALL_LOGITS = 1 << 22  # below this many logits (16 MiB) one piece is faster than chunks
-CHUNK_TOKENS = 1024
+CHUNK_TOKENS = 256
 
 
 def restore_loss(x0_hat_BLD: Tensor, x0_BLD: Tensor, kind: str) -> Tensor:
@@ -42,7 +42,9 @@ def rounding_loss(input_BLD: Tensor, table_VD: Tensor, ids_BL: Tensor) -> Tensor
     if tokens_TD.shape[0] * table_VD.shape[0] <= SMALL_LOGITS:
         return F.cross_entropy((tokens_TD @ table_VD.T).float(), ids_T)
     if hasattr(F, "linear_cross_entropy"):
-        return F.linear_cross_entropy(tokens_TD, table_VD, ids_T, options=torch.nn.LinearCrossEntropyOptions())
+        # Its own choice of chunk is 8 rows at 640 tokens on a CPU: 2.5 times slower than these (benchmarks/train_step.py).
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK_TOKENS, chunking_method=None)
+        return F.linear_cross_entropy(tokens_TD, table_VD, ids_T, options=options)
     chunks = zip(tokens_TD.split(CHUNK_TOKENS), ids_T.split(CHUNK_TOKENS))
     sums = [checkpoint(_chunk_cross_entropy, tokens, table_VD, ids, use_reentrant=False) for tokens, ids in chunks]
     return torch.stack(sums).sum() / ids_T.numel()
@@ -134,7 +136,7 @@ class DiffusionObjective(nn.Module):
         if config.restore_weight:
             terms["restore"] = restore_loss(denoiser.clean_estimate(hidden_BLD), x0_BLD, config.restore_loss)
         if config.first_step_weight:
-            terms["first_step"] = self._first_step_loss(x0_BLD, draws, image)
+            terms["first_step"] = self._first_step_loss(x0_BLD, draws, image, rows_per_photo // ids_NCL.shape[1])
         terms["loss"] = (
             config.rounding_weight * terms["rounding"]
             + config.restore_weight * terms.get("restore", 0.0)
@@ -142,9 +144,10 @@ class DiffusionObjective(nn.Module):
         )
         return terms
 
-    def _first_step_loss(self, x0_BLD: Tensor, draws: Draws, image: ImageFeatures) -> Tensor:
-        """|mu(x_1, 1) - x0|: the paper's x_1 restoring term, at t = 1/T."""
-        t_B = torch.full_like(draws.t_B, 1 / self.config.num_timesteps)
-        x1_BLD = self.schedule.add_noise(x0_BLD, draws.noise_BLD.to(x0_BLD.dtype), t_B)
+    def _first_step_loss(self, x0_BLD: Tensor, draws: Draws, image: ImageFeatures, timesteps: int) -> Tensor:
+        """|mu(x_1, 1) - x0|: the paper's x_1 restoring term, at t = 1/T; once per caption, not per timestep."""
+        x0_BLD, noise_BLD = x0_BLD[::timesteps], draws.noise_BLD[::timesteps].to(x0_BLD.dtype)
+        t_B = torch.full(x0_BLD.shape[:1], 1 / self.config.num_timesteps, device=x0_BLD.device)
+        x1_BLD = self.schedule.add_noise(x0_BLD, noise_BLD, t_B)
         hidden_BLD = self.denoiser(x1_BLD, t_B, image, None, draws.image_dropped_N)
         return restore_loss(self.denoiser.clean_estimate(hidden_BLD), x0_BLD, self.config.restore_loss)

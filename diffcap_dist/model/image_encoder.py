@@ -39,6 +39,7 @@ class ImageEncoder(nn.Module):
         self.source = f"{name}" + (f" / {pretrained}" if pretrained else "")
         self.clip, self.transform = _load(self._model_name, pretrained)
         self.clip.eval().requires_grad_(False)
+        self.clip.visual.to(memory_format=torch.channels_last)  # halves the time of a convolution tower on a CPU
         self.name = slug(name, pretrained)
         self.weights_sha256 = _weights_sha256(self.clip)
         self.preprocessing = " | ".join(_described(step) for step in self.transform.transforms)
@@ -59,6 +60,7 @@ class ImageEncoder(nn.Module):
     @torch.no_grad()  # not inference_mode: a trained projection must be able to save the features for its backward
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """images_BCHW (preprocessed by ``transform``) -> L2-normalised pooled_BF and patches_BPF (P = H' x W')."""
+        images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
         output = self.clip.visual.forward_intermediates(images_BCHW, indices=self._num_last_maps)
         pooled_BF = nn.functional.normalize(output["image_features"].float(), dim=-1)
         return pooled_BF, output["image_intermediates"][0].flatten(2).transpose(1, 2).float()
