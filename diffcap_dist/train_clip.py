@@ -73,7 +73,7 @@ def _train(shards: Path, out: Path, wanted: dict[str, Any]) -> str:
     print(training.described())
     with tqdm(training.steps(), total=training.num_steps, desc="clip", unit="step") as progress:
         for losses in progress:
-            progress.set_postfix({name: f"{value:.2f}" for name, value in losses.items()})
+            progress.set_postfix({name: f"{value:.2f}" for name, value in losses.items()}, refresh=False)
     record = {**wanted, "val_photos": 0, "val_recall_at_1": None}
     if "val" in ShardIndex.load(shards).splits():
         val = _read_photos(shards, "val")
