@@ -260,8 +260,8 @@ class Trainer:
             f"{self.split.world_size} ranks; {photos / self.split.total:.1f} steps per epoch, "
             f"{training.num_steps * self.split.total / photos:.1f} epochs",
             "precision": f"{str(self.dtype).removeprefix('torch.')} ({self.precision_reason})",
-            "spread": f"ZeRO stage {training.zero_stage} over {self.ranks.world_size} ranks on {self.ranks.device.type},"
-            f" {torch.get_num_threads()} threads each",
+            "spread": f"ZeRO stage {training.zero_stage} over {self.ranks.world_size} ranks on"
+            f" {self.ranks.device.type}, {torch.get_num_threads()} threads each",
         }
         for name, value in facts.items():
             log.info("%-11s %s", name, value)

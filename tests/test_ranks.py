@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from diffcap_dist import __main__ as diffcap
 from diffcap_dist.run_dir import RunDir
+from shards import make_shards
 from tests.conftest import launch, launch_command, rank_environment
+from tests.test_image_encoder import saved_clip
 
 pytestmark = pytest.mark.slow
 
@@ -131,3 +135,32 @@ def test_bad_runs_say_why(tiny_config: Path, tmp_path: Path, scene_shards: Path)
         done = subprocess.run([*command, *words.split()], capture_output=True, text=True, env=rank_environment())
         assert done.returncode == 2, (words, done.stderr[-2000:])
         assert message in done.stderr and "Traceback" not in done.stderr, (words, done.stderr[-2000:])
+
+
+def test_the_encoder_online_its_features_and_picture_files(
+    tiny_config: Path, tmp_path: Path, scene_shards: Path
+) -> None:
+    """Pixels through the frozen encoder train as its stored features do; files are captioned by the exported weights."""
+    clip, other = tmp_path / "clip", tmp_path / "other"
+    saved_clip("vit", clip)
+    saved_clip("vit", other)
+    shards = tmp_path / "shards"
+    shutil.copytree(scene_shards, shards)
+    assert make_shards.main(["features", str(shards), "--encoder", str(clip), "--patches"]) == 0
+    train = [sys.executable, "-m", "diffcap_dist", "train", str(tiny_config), f"data.shards={shards}"]
+    train += [f"encoder.name={clip}", "encoder.patches=true", "training.num_steps=4", "training.validate_every=4"]
+    runs = {"online": "", "stored": "clip"}
+    for name, features in runs.items():
+        words = [f"run_dir={tmp_path / name}", f"data.features={features}"]
+        subprocess.run([*train, *words], check=True, env=rank_environment(), capture_output=True)
+    losses = {n: [r["loss"] for r in RunDir(tmp_path / n).read_metrics() if r["kind"] == "training"] for n in runs}
+    assert losses["online"] == pytest.approx(losses["stored"], rel=2e-3)  # stored features are fp16
+    wrong = [*train, f"run_dir={tmp_path / 'wrong'}", "data.features=clip", f"encoder.name={other}"]
+    done = subprocess.run(wrong, env=rank_environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and "data.features=clip were made by encoder" in done.stderr
+
+    Image.new("RGB", (80, 60), "red").save(tmp_path / "red.png")
+    caption = [sys.executable, "-m", "diffcap_dist", "caption", "--run", str(tmp_path / "stored" / "export")]
+    words = [str(tmp_path / "red.png"), "--steps", "2", "--candidates", "2", "--json"]
+    done = subprocess.run([*caption, *words], check=True, env=rank_environment(), capture_output=True, text=True)
+    assert [row["picture"] for row in json.loads(done.stdout)] == [str(tmp_path / "red.png")]

@@ -42,7 +42,7 @@ def rounding_loss(input_BLD: Tensor, table_VD: Tensor, ids_BL: Tensor) -> Tensor
     if tokens_TD.shape[0] * table_VD.shape[0] <= SMALL_LOGITS:
         return F.cross_entropy((tokens_TD @ table_VD.T).float(), ids_T)
     if hasattr(F, "linear_cross_entropy"):
-        # Its own choice of chunk is 8 rows at 640 tokens on a CPU: 2.5 times slower than these (benchmarks/train_step.py).
+        # Its own choice is 8 rows at 640 tokens on a CPU, 2.5 times slower than these (benchmarks/train_step.py).
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK_TOKENS, chunking_method=None)
         return F.linear_cross_entropy(tokens_TD, table_VD, ids_T, options=options)
     chunks = zip(tokens_TD.split(CHUNK_TOKENS), ids_T.split(CHUNK_TOKENS))

@@ -1,7 +1,8 @@
 """The engine: DeepSpeed around the objective. The only module that imports deepspeed.
 
-In: a ``DiffusionObjective``, settings and the ranks. Out: an engine whose forward, backward and step are spread over
-the ranks, and the parameters whole again for export. ``deepspeed_config`` is pure: what DeepSpeed is told, in one place.
+In: a ``DiffusionObjective``, settings and the ranks. Out: an engine whose forward, backward and step are spread
+over the ranks, and the parameters whole again for export. ``deepspeed_config`` is pure: what DeepSpeed is told, in one
+place.
 """
 
 from __future__ import annotations
