@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import time
@@ -61,9 +60,6 @@ def _finished(out: Path, wanted: dict[str, Any]) -> str:
 
 
 def _train(shards: Path, out: Path, wanted: dict[str, Any]) -> str:
-    # Read when torch loads OpenMP. Its threads else spin while they wait for each other, which on a machine that does
-    # anything beside this costs up to ten times the time.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from tqdm import tqdm
 
     from diffcap_dist.training.contrastive import ContrastiveTraining, export_clip, retrieval_recall

@@ -140,7 +140,7 @@ def test_bad_runs_say_why(tiny_config: Path, tmp_path: Path, scene_shards: Path)
 def test_the_encoder_online_its_features_and_picture_files(
     tiny_config: Path, tmp_path: Path, scene_shards: Path
 ) -> None:
-    """Pixels through the frozen encoder train as its stored features do; files are captioned by the exported weights."""
+    """Pixels through the frozen encoder train as its stored features do; the export captions files."""
     clip, other = tmp_path / "clip", tmp_path / "other"
     saved_clip("vit", clip)
     saved_clip("vit", other)
