@@ -83,9 +83,9 @@ class Demo:
             flush=True,
         )
         started = time.perf_counter()
-        # OpenMP threads that wait by spinning take the core from those that work, where other programs run too; ones that
-        # sleep at once are half as fast where none do. Measured on a small CLIP's step: idle 0.10 s, beside a busy process
-        # 0.28 s; without this 0.10 and up to 1.4, with OMP_WAIT_POLICY=PASSIVE 0.15 and 0.24.
+        # OpenMP threads that wait by spinning take the core from those that work, where other programs run too; ones
+        # that sleep at once are slower where none do. A small CLIP's step, seconds alone / beside a busy process:
+        # 0.10 / 0.28 with this, 0.10 / 0.35 to 1.4 with libgomp's default, 0.15 / 0.24 with OMP_WAIT_POLICY=PASSIVE.
         environment = {"GOMP_SPINCOUNT": "2000", **os.environ}
         subprocess.run([sys.executable, "-m", *command], check=True, env=environment)
         self.seconds[name] = time.perf_counter() - started
