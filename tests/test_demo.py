@@ -13,7 +13,7 @@ from tests.conftest import rank_environment
 
 pytestmark = pytest.mark.slow
 
-SMALL = "training.num_steps=6 training.validate_every=6 training.validation_images=8 sampler.candidates=1".split()
+SMALL = ["training.num_steps=6", "training.validate_every=6", "training.validation_images=8", "sampler.candidates=1"]
 
 
 def test_the_demo_in_small(tmp_path: Path) -> None:
