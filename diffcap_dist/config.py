@@ -155,7 +155,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         if not re.fullmatch(r"[\w.]+=.*", word, flags=re.DOTALL):
             raise ConfigError(f"{word!r} is not a setting; write key.sub=value, e.g. training.num_steps=100")
     try:
-        from_file, from_words = OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
+        from_file, from_words = (
+            OmegaConf.load(path),
+            OmegaConf.from_dotlist([word + "''" * word.endswith("=") for word in overrides]),
+        )
         merged = OmegaConf.merge(OmegaConf.structured(Config), from_file, from_words)
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:

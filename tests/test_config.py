@@ -26,6 +26,7 @@ def test_defaults_file_words(yaml: Path) -> None:
     config = load_config(yaml, ["training.num_steps=9", "optimizer.learning_rate=3e-4"])
     assert (config.training.num_steps, config.optimizer.learning_rate) == (9, 3e-4)
     assert load_config(yaml).training.num_steps == 7
+    assert load_config(yaml, ["data.features="]).data.features == ""
     assert config.training.zero_stage == Config(run_dir="r").training.zero_stage
 
 

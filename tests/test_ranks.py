@@ -126,7 +126,7 @@ def test_bad_runs_say_why(tiny_config: Path, tmp_path: Path, scene_shards: Path)
     cases = {
         "data.features=none": "none",
         "data.val_split=nowhere": "nowhere",
-        "data.shards=/no/such/folder": "index.json",
+        "data.shards=/no/such/folder": "/no/such/folder does not exist",
         "training.global_batch_size=15 training.micro_batch_size=4": "does not divide",
         "encoder.patches=true": "patch tokens",
     }

@@ -4,7 +4,11 @@ The expected tokens were written by Stanford's PTBTokenizer 3.4.1 (the one in py
 of dropped punctuation; nothing here starts Java.
 """
 
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -229,3 +233,22 @@ def test_missing_references_and_unsummed_counts_are_refused() -> None:
         cider_d([["a"]], [[["a"]], [["b"]]])
     with pytest.raises(ValueError, match="sum over samples first"):
         bleu(np.zeros((3, 10), dtype=np.int64))
+
+
+def test_scores_are_the_same_floats_in_every_process() -> None:
+    """Sums must not follow the order of a set, which differs from process to process (PYTHONHASHSEED)."""
+    code = (
+        "from diffcap_dist.evaluation.scores import score_captions\n"
+        "words = 'a b c d e f g h i j k l m n o p'.split()\n"
+        "line = lambda k: ' '.join(words[(k * i * i + 3 * i) % 16] for i in range(12))\n"
+        "hypotheses = {str(k): line(k) for k in range(40)}\n"
+        "references = {str(k): [line(k + j) for j in (1, 2, 16, 17)] for k in range(40)}\n"
+        "print(score_captions(hypotheses, references))"
+    )
+    root = str(Path(__file__).resolve().parents[1])
+    printed = set()
+    for seed in range(6):
+        environment = {**os.environ, "PYTHONHASHSEED": str(seed), "PYTHONPATH": root}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        printed.add(done.stdout)
+    assert len(printed) == 1

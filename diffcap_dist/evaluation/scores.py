@@ -198,7 +198,7 @@ def counted_cider_d(hypotheses: Sequence[CountedCaption], references: Sequence[C
         return math.sqrt(sum([count * count * idf_squared[ngram] for ngram, count in counts.items()]))
 
     def cosine(h: Ngrams, norm_h: float, r: Ngrams) -> float:
-        shared = h.keys() & r.keys()
+        shared = [ngram for ngram in h if ngram in r]  # a set would add floats in an order of its process's own
         dot = sum([min(h[ngram], r[ngram]) * r[ngram] * idf_squared[ngram] for ngram in shared])
         return dot / (norm_h * norm(r)) if dot else 0.0
 
