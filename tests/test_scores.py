@@ -239,10 +239,12 @@ def test_scores_are_the_same_floats_in_every_process() -> None:
     """Sums must not follow the order of a set, which differs from process to process (PYTHONHASHSEED)."""
     code = (
         "from diffcap_dist.evaluation.scores import score_captions\n"
-        "words = 'a b c d e f g h i j k l m n o p'.split()\n"
-        "line = lambda k: ' '.join(words[(k * i * i + 3 * i) % 16] for i in range(12))\n"
-        "hypotheses = {str(k): line(k) for k in range(40)}\n"
-        "references = {str(k): [line(k + j) for j in (1, 2, 16, 17)] for k in range(40)}\n"
+        "import random\n"
+        "draw = random.Random(0)\n"
+        "lines = [[draw.choice('abcdefghijkl') for _ in range(14)] for _ in range(30)]\n"
+        "changed = lambda line, k: ' '.join(line[:k] + ['z'] + line[k + 1:])\n"
+        "hypotheses = {str(i): ' '.join(line) for i, line in enumerate(lines)}\n"
+        "references = {str(i): [changed(line, k) for k in (2, 5, 9)] for i, line in enumerate(lines)}\n"
         "print(score_captions(hypotheses, references))"
     )
     root = str(Path(__file__).resolve().parents[1])
