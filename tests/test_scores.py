@@ -241,7 +241,7 @@ def test_scores_are_the_same_floats_in_every_process() -> None:
         "from diffcap_dist.evaluation.scores import score_captions\n"
         "import random\n"
         "draw = random.Random(0)\n"
-        "lines = [[draw.choice('abcdefghijkl') for _ in range(14)] for _ in range(30)]\n"
+        "lines = [[draw.choice('aaaabbbccdefgh') for _ in range(14)] for _ in range(60)]\n"
         "changed = lambda line, k: ' '.join(line[:k] + ['z'] + line[k + 1:])\n"
         "hypotheses = {str(i): ' '.join(line) for i, line in enumerate(lines)}\n"
         "references = {str(i): [changed(line, k) for k in (2, 5, 9)] for i, line in enumerate(lines)}\n"
