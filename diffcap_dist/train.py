@@ -208,9 +208,10 @@ class Trainer:
         self.engine.eval()
         with self.ema.swapped():
             scores = self.validation.run(self.engine.module, self.captioner, self.dtype)
-            is_best = scores["bleu_4"] > self.state.best_bleu_4
-            if is_best:
-                self.state.best_bleu_4, self.state.best_step = scores["bleu_4"], self.state.step
+            best = (self.state.best_bleu_4, -self.state.best_val_loss)
+            if (scores["bleu_4"], -scores["val_loss"]) > best:
+                self.state.best_bleu_4, self.state.best_val_loss = scores["bleu_4"], scores["val_loss"]
+                self.state.best_step = self.state.step
                 weights = full_state(self.engine.module.denoiser)
                 if self.ranks.is_first:
                     self._export(weights, scores)

@@ -36,6 +36,7 @@ class TrainState:
     step: int = 0
     samples_seen: int = 0
     best_bleu_4: float = -1.0
+    best_val_loss: float = 1e30  # decides between equal BLEU-4: early on, or on hard data, it is 0 for long
     best_step: int = -1
     seconds: float = 0.0  # spent in training, over all starts
 
