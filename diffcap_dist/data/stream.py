@@ -51,7 +51,7 @@ class Photo(NamedTuple):
 
 
 class ShardReader:
-    """Random access to the photos of a split: mmaps, opened when first touched (and so once per worker)."""
+    """Random access to the photos of a split: shards open when first touched (and so once per worker)."""
 
     def __init__(
         self,
