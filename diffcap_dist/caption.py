@@ -72,13 +72,11 @@ def caption_files(run: Path, files: Sequence[Path], settings: Sequence[str] = ()
 
 
 def _open(file: Path):  # type: ignore[no-untyped-def]  # PIL is imported late: --help answers at once
-    from PIL import Image, UnidentifiedImageError
+    from diffcap_dist.data.photo import decode_photo
 
     try:
-        image = Image.open(file)
-        image.load()
-        return image
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        return decode_photo(file.read_bytes())
+    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, zlib.error, ...
         raise ValueError(f"{file} can't be decoded as a picture: {error}") from error
 
 

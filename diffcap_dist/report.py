@@ -24,6 +24,7 @@ import jinja2
 from PIL import Image
 
 from diffcap_dist.config import Config
+from diffcap_dist.data.photo import upright_rgb
 from diffcap_dist.data.shard_format import ShardIndex, atomic_write, open_shard
 from diffcap_dist.evaluation.scene_facts import Scene, judge
 from diffcap_dist.run_dir import RunDir
@@ -151,7 +152,7 @@ def picture_uri(data: bytes) -> str:
     picture: Image.Image = Image.open(io.BytesIO(data))
     mime = Image.MIME[str(picture.format)]
     if max(picture.size) > PICTURE_EDGE:
-        picture = picture.convert("RGB")
+        picture = upright_rgb(picture)
         picture.thumbnail((PICTURE_EDGE, PICTURE_EDGE))
         small = io.BytesIO()
         picture.save(small, "JPEG", quality=88)

@@ -1,8 +1,8 @@
 """Synthetic scenes: small pictures of one to three shapes on a textured ground, captioned, with ground truth.
 
-In: numbers of pictures per split and a seed. Out: (photo_id, JPEG bytes, sample JSON), train then val then
-test, byte for byte the same for any number of worker processes. The splits share no scene description, so a
-held-out picture is a new combination. It writes no shards, and judging captions is `scene_facts`' work.
+In: numbers of pictures per split and a seed. Out: samples, train then val then test, each drawn when its photo is
+asked for (in a worker process), byte for byte the same. The splits share no scene description, so a held-out
+picture is a new combination. It writes no shards, and judging captions is `scene_facts`' work.
 """
 
 import hashlib
@@ -10,10 +10,8 @@ import io
 import json
 import math
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import combinations
-from multiprocessing import get_context
 from random import Random
 from typing import Any
 
@@ -29,6 +27,7 @@ from diffcap_dist.evaluation.scene_facts import (
     SIZES,
     Scene,
 )
+from shards.writer import RawSample
 
 SPLITS = ("train", "val", "test")
 CAPTIONS_PER_SCENE = 5
@@ -106,23 +105,15 @@ def generate(
     seed: int,
     max_objects: int = 2,
     image_size: int = 64,
-    workers: int = 1,
-) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
-    """Yield (photo_id, JPEG bytes, sample JSON without width, height and sha256), split by split."""
+) -> Iterator[RawSample]:
+    """Samples, split by split."""
     counts = dict(zip(SPLITS, (num_train, num_val, num_test)))
-    if min(counts.values()) < 0 or image_size < 16 or workers < 1:
-        raise ValueError(
-            f"scenes: expected counts >= 0, image_size >= 16 and workers >= 1, "
-            f"got {counts}, image_size={image_size}, workers={workers}"
-        )
-    tasks = [
-        (seed, image_size, split, index, scene) for split, index, scene in _choose_scenes(counts, seed, max_objects)
-    ]
-    if workers == 1:
-        yield from map(_make_sample, tasks)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(_make_sample, tasks, chunksize=64)
+    if min(counts.values()) < 0 or image_size < 16:
+        raise ValueError(f"scenes: expected counts >= 0 and image_size >= 16, got {counts}, image_size={image_size}")
+    for split, index, scene in _choose_scenes(counts, seed, max_objects):
+        captions = captions_of(scene, Random(f"captions/{seed}/{split}/{index}"))
+        picture = partial(jpeg, scene, image_size)
+        yield RawSample(f"scene-{split}-{index:06d}", captions, split, "scenes", picture, dict(scene))
 
 
 def make_scene(rng: Random, max_objects: int = 2) -> Scene:
@@ -146,6 +137,14 @@ def render(scene: Scene, size: int = 64) -> Image.Image:
         rgb = tuple(min(255, round(level * shade + rng.uniform(-8, 8))) for level in _RGB[thing["color"]])
         _paint(picture, thing, rgb, size)
     return picture
+
+
+def jpeg(scene: Scene, size: int) -> bytes:
+    """Its picture as a file."""
+    buffer = io.BytesIO()
+    # Full-resolution colour: at 64 pixels JPEG's usual halved chroma blurs a small object's colour away.
+    render(scene, size).save(buffer, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
+    return buffer.getvalue()
 
 
 def captions_of(scene: Scene, rng: Random) -> list[str]:
@@ -210,17 +209,6 @@ def _split_edges(counts: dict[str, int]) -> dict[str, tuple[float, float]]:
 def _share_of(told: str, seed: int) -> float:
     digest = hashlib.sha256(f"{seed}/{told}".encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
-
-
-def _make_sample(task: tuple[int, int, str, int, Scene]) -> tuple[str, bytes, dict[str, Any]]:
-    seed, image_size, split, index, scene = task
-    photo_id = f"scene-{split}-{index:06d}"
-    buffer = io.BytesIO()
-    # Full-resolution colour: at 64 pixels JPEG's usual halved chroma blurs a small object's colour away.
-    render(scene, image_size).save(buffer, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
-    captions = captions_of(scene, Random(f"captions/{seed}/{split}/{index}"))
-    sample = {"photo_id": photo_id, "captions": captions, "split": split, "source": "scenes", "scene": scene}
-    return photo_id, buffer.getvalue(), sample
 
 
 def _draw_objects(rng: Random, num_objects: int) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = {
-    0: ["config", "run_dir", "data.shard_format"],
+    0: ["config", "run_dir", "data.shard_format", "data.photo"],
     1: [
         "data.order", "data.captions", "model.denoiser", "model.image_encoder", "diffusion.schedule",
         "training.distributed", "training.ema", "training.learning_rate", "training.preemption",

@@ -1,5 +1,6 @@
 """The report page: whole, closed in itself, honest about what a run lacks."""
 
+import dataclasses
 import html
 import io
 import json
@@ -31,8 +32,9 @@ from diffcap_dist.report import (
     write_report,
 )
 from diffcap_dist.run_dir import RunDir
+from shards.output import Folder
 from shards.scenes import generate
-from shards.writer import RawSample, write_dataset
+from shards.writer import ShardSettings, Source, write_dataset
 
 NUM_TEST = 30
 EVIL = "<script>alert('1')</script> & a red circle"
@@ -73,17 +75,12 @@ class Tags(HTMLParser):
 
 def write_shards(folder: Path, with_images: bool) -> list[tuple[str, dict[str, Any]]]:
     """A dataset of scenes; returns (key, record) of the test split."""
-    made = list(generate(4, 4, NUM_TEST, seed=1, image_size=16))
-    samples = [
-        RawSample(
-            *(name, record["captions"], record["split"], "scenes"),
-            jpeg if with_images else None,
-            record["scene"] if with_images else None,
-        )
-        for name, jpeg, record in made
-    ]
-    write_dataset(samples, folder, 20, {"command": "test"}, [])  # the test split fills two shards
-    return [(name, record) for name, _, record in made if record["split"] == "test"]
+    samples = list(generate(4, 4, NUM_TEST, seed=1, image_size=16))
+    if not with_images:
+        samples = [dataclasses.replace(sample, image=None, scene=None) for sample in samples]
+    source = Source(samples, [], {"command": "test"}, [])
+    write_dataset(source, Folder(folder), ShardSettings(samples_per_shard=20))  # the test split fills two shards
+    return [(one.photo_id, {"captions": one.captions, "scene": one.scene}) for one in samples if one.split == "test"]
 
 
 def metrics() -> list[dict[str, Any]]:

@@ -6,9 +6,11 @@ Every dataset is made here, of a few tiny pictures.
 import dataclasses
 import io
 import json
+import os
 import pickle
 import random
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +31,11 @@ from diffcap_dist.data.shard_format import (
     atomic_write,
     open_shard,
     safe_key,
-    verify,
 )
-from shards.writer import RawSample, write_dataset
+from shards.output import output_at
+from shards.verification import unknown_files, verify
+from shards.workers import in_processes
+from shards.writer import RawSample, ShardSettings, Source, write_dataset
 
 NUM_TRAIN, NUM_VAL, SAMPLES_PER_SHARD = 12, 3, 5
 
@@ -46,17 +50,22 @@ def picture(seed: int, image_format: str = "JPEG") -> bytes:
 def raw_samples() -> list[RawSample]:
     formats = {1: "PNG", 2: "WEBP"}
     samples = [
-        RawSample(f"p{i}.é", [f"a “{i}”, b", "c"], "train", "made", picture(i, formats.get(i, "JPEG")))
+        RawSample(f"p{i}.é", [f"a “{i}”, b", "c"], "train", "made", partial(picture, i, formats.get(i, "JPEG")))
         for i in range(NUM_TRAIN - 1)
     ]
     samples.append(RawSample("no_photo", ["only words"], "train", "made", None, scene={"objects": [1]}))
-    return samples + [RawSample(f"v{i}", ["d"], "val", "made", picture(100 + i)) for i in range(NUM_VAL)]
+    return samples + [RawSample(f"v{i}", ["d"], "val", "made", partial(picture, 100 + i)) for i in range(NUM_VAL)]
+
+
+def write(directory: Path) -> None:
+    settings = ShardSettings(SAMPLES_PER_SHARD, min_side=1)
+    write_dataset(Source(raw_samples(), [], {"command": "test"}, []), output_at(str(directory)), settings)
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("shards") / "data"
-    write_dataset(raw_samples(), directory, SAMPLES_PER_SHARD, {"command": "test"}, [])
+    write(directory)
     return directory
 
 
@@ -76,7 +85,7 @@ def test_every_sample_comes_back_untouched(written: Path) -> None:
     assert len(found) == NUM_TRAIN + NUM_VAL
     for sample in raw_samples():
         record, image = found[safe_key(sample.photo_id)]
-        assert image == sample.image
+        assert image == (sample.image and sample.image())
         assert (record["photo_id"], record["captions"], record["split"]) == (
             sample.photo_id,
             sample.captions,
@@ -88,7 +97,7 @@ def test_every_sample_comes_back_untouched(written: Path) -> None:
 
 
 def test_same_input_gives_the_same_bytes(written: Path, tmp_path: Path) -> None:
-    write_dataset(raw_samples(), tmp_path / "again", SAMPLES_PER_SHARD, {"command": "test"}, [])
+    write(tmp_path / "again")
     files = sorted(path.name for path in written.iterdir())
     assert files == sorted(path.name for path in (tmp_path / "again").iterdir())
     for name in files:
@@ -145,6 +154,74 @@ def test_verify_finds_any_flipped_byte_of_a_tar(dataset: Path) -> None:
         path.write_bytes(damaged)
         damages = verify(dataset)
         assert damages and all("val-000000" in damage for damage in damages)
+
+
+@pytest.mark.parametrize("member", [0, 3])
+@pytest.mark.parametrize("at", [0, 100, 130, 148, 257, 511])
+def test_a_damaged_header_is_named_with_its_place(dataset: Path, member: int, at: int) -> None:
+    path = dataset / "train-000000.tar"
+    members, content = MemberIndex.load(path), bytearray(path.read_bytes())
+    places = sorted((int(members.offset[row, column]), row) for row, column in zip(*np.nonzero(members.offset >= 0)))
+    start = places[member][0] - 512
+    content[start + at] ^= 1
+    path.write_bytes(content)
+    (damage,) = verify(dataset)
+    assert f"sample {members.keys[places[member][1]]}: the tar header" in damage and f"at byte {start} " in damage
+
+
+def test_damaged_padding_is_named_and_all_damages_are(dataset: Path) -> None:
+    path = dataset / "train-000000.tar"
+    members, content = MemberIndex.load(path), bytearray(path.read_bytes())
+    column = members.suffixes.tolist().index("json")
+    end = int(members.offset[1, column] + members.size[1, column])
+    content[end] = 7
+    for row in (2, 3):
+        content[int(members.offset[row, column])] ^= 1
+    content[-1] = 1  # the end of the tar belongs to no sample
+    path.write_bytes(content)
+    damages = verify(dataset)
+    assert len(damages) == 3
+    for damage, row, what in zip(
+        damages, (2, 3, 1), ("its json member at byte", "its json", f"padding of its json member at byte {end}")
+    ):
+        assert str(members.keys[row]) in damage and what in damage
+
+
+def test_verify_says_the_same_with_any_workers(dataset: Path) -> None:
+    for number in range(3):
+        path = dataset / f"train-{number:06d}.tar"
+        content = bytearray(path.read_bytes())
+        content[600] ^= 1
+        path.write_bytes(content)
+    done: list[int] = []
+    damages = verify(dataset, workers=2, progress=done.append)
+    assert damages == verify(dataset) and ["train-00000" in damage for damage in damages] == [True] * 3
+    assert done == [shard.bytes for shard in ShardIndex.load(dataset).shards]
+    with pytest.raises(ValueError, match="workers is 0"):
+        verify(dataset, workers=0)
+
+
+def test_a_killed_worker_is_an_error() -> None:
+    with pytest.raises(ValueError, match="worker process was killed"):
+        list(in_processes(os._exit, [1, 1], 2))
+
+
+def test_files_that_the_index_does_not_know_are_no_damage(dataset: Path) -> None:
+    assert unknown_files(dataset) == []
+    for name in ("train-000009.tar", "train-000000.tar.tmp", "train-000000.f.npy", "README.md"):
+        (dataset / name).write_bytes(b"")
+    assert unknown_files(dataset) == ["train-000000.f.npy", "train-000000.tar.tmp", "train-000009.tar"]
+    assert verify(dataset) == []
+
+
+def test_index_with_and_without_url(dataset: Path) -> None:
+    assert '"url"' not in (dataset / INDEX_FILE).read_text()
+    index = ShardIndex.load(dataset)
+    index.shards[0] = dataclasses.replace(index.shards[0], url="s3://bucket/train-000000.tar")
+    index.save(dataset)
+    assert ShardIndex.load(dataset) == index
+    with pytest.raises(ValueError, match=r"train-000000 is at s3://bucket.*can't be read yet"):
+        open_shard(dataset, index.shards[0])
 
 
 @pytest.mark.parametrize("kept", [0, 1, 700, -1])

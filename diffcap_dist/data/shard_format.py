@@ -1,7 +1,8 @@
 """What a dataset of shards is on disk: tars, their member indexes, feature files, and index.json.
 
 In: a directory. Out: `ShardIndex` (what the dataset holds), `Shard` (one tar, any sample by number, every
-read checked against its crc32), `verify` (all damages found). `atomic_write` is the one way files come to be.
+read checked against its crc32). `atomic_write` is the one way files come to be.
+A tar of another tool is read as ours is once it has a member index (`foreign_record`).
 It does not make shards, choose an order, decode images or fetch anything.
 S, N samples, K member suffixes, F feature width, P patches.
 """
@@ -14,14 +15,17 @@ import os
 import re
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
 INDEX_FILE = "index.json"
 INDEX_VERSION = 1
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+RECORD_SUFFIXES = ("json", "txt")  # where a sample's captions are: at least one of them
+TAR_BLOCK = 512
 MAX_KEY_LENGTH = 80  # a USTAR name holds 100 bytes, the suffix included
 
 
@@ -39,14 +43,18 @@ class ShardDamage(ValueError):
         return type(self), (self.shard, self.key, self.found)  # crosses process borders whole
 
 
-def atomic_write(path: Path, data: bytes | memoryview) -> None:
+def atomic_write(path: Path, data: bytes | bytearray | memoryview) -> None:
     """Write aside, fsync, rename: `path` holds all of the old or all of the new, also after a power cut."""
     aside = path.with_name(path.name + ".tmp")
-    with aside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError:  # a full disk: the half file would keep it full
+        aside.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the rename itself is only durable once the folder is
@@ -78,6 +86,7 @@ class ShardInfo:
     samples: int
     bytes: int
     sha256: str  # of the tar
+    url: str = ""  # where the tar is when it isn't beside its member index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +112,13 @@ class ShardIndex:
         if not path.is_file():
             what = "has no index.json, so it is no finished dataset" if directory.is_dir() else "does not exist"
             raise ValueError(f"{directory} {what}. Make it, or finish it, by running its `make-shards` command")
+        return cls.from_bytes(path.read_bytes(), str(path))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, path: str) -> "ShardIndex":
+        """The index in the bytes of a file; `path` is for messages."""
         try:
-            content = json.loads(path.read_bytes())
+            content = json.loads(data)
             version = content["version"]
             if version == INDEX_VERSION:
                 return cls(
@@ -120,8 +134,14 @@ class ShardIndex:
         )
 
     def save(self, directory: Path) -> None:
+        atomic_write(directory / INDEX_FILE, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
         content = {"version": INDEX_VERSION, **dataclasses.asdict(self)}
-        atomic_write(directory / INDEX_FILE, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+        for shard in content["shards"]:
+            if not shard["url"]:
+                del shard["url"]  # so that programs that don't know the field read what they can read
+        return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
     def splits(self) -> list[str]:
         return list(dict.fromkeys(shard.split for shard in self.shards))
@@ -145,7 +165,7 @@ class ShardIndex:
             )
         return self.features[name]
 
-    def _checked(self, path: Path) -> "ShardIndex":
+    def _checked(self, path: str) -> "ShardIndex":
         """An index may come from elsewhere: no name in it may lead out of the dataset's folder."""
         files = [
             file["file"] for info in self.features.values() for kinds in info.files.values() for file in kinds.values()
@@ -162,6 +182,13 @@ def _feature_info(content: dict[str, Any]) -> FeatureInfo:
 
 
 # ---- one shard ----
+
+
+class Member(NamedTuple):
+    suffix: str
+    offset: int
+    size: int
+    crc32: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,9 +213,24 @@ class MemberIndex:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ShardDamage(tar, None, f"its member index {path.name} can't be read ({error})") from error
         shape = (len(index.keys), len(index.suffixes))
-        if not index.offset.shape == index.size.shape == index.crc32.shape == shape or "json" not in index.suffixes:
+        fits = index.offset.shape == index.size.shape == index.crc32.shape == shape
+        if not fits or not set(RECORD_SUFFIXES) & set(index.suffixes.tolist()):
             raise ShardDamage(tar, None, f"its member index {path.name} has arrays that don't fit together")
         return index
+
+    @classmethod
+    def from_members(cls, samples: Sequence[tuple[str, Sequence[Member]]], tar_bytes: int) -> "MemberIndex":
+        """The index of (key, members) in the order of the samples."""
+        suffixes = sorted({member.suffix for _, members in samples for member in members})
+        shape = (len(samples), len(suffixes))
+        offset, size = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
+        crc32 = np.zeros(shape, np.uint32)
+        for row, (_, members) in enumerate(samples):
+            for member in members:
+                at = row, suffixes.index(member.suffix)
+                offset[at], size[at], crc32[at] = member.offset, member.size, member.crc32
+        keys = np.array([key for key, _ in samples])
+        return cls(keys, np.array(suffixes), offset, size, crc32, np.array(tar_bytes, np.int64))
 
     def to_bytes(self) -> bytes:
         buffer = io.BytesIO()
@@ -204,15 +246,47 @@ def member_index_path(tar: Path) -> Path:
     return tar.with_suffix(".idx.npz")
 
 
+def foreign_record(content: Any, text: bytes | None, key: str, split: str) -> dict[str, Any]:
+    """The record of a sample that another tool wrote, from its JSON and its txt member (None: it has none).
+    `captions` is empty when neither holds one. Its sha256 is left out: tools mean that of the original file."""
+    content = content if isinstance(content, dict) else {}
+    found = next((content[name] for name in ("captions", "caption", "text") if content.get(name)), None)
+    if found is None and text is not None:
+        found = text.decode()
+    captions = found if isinstance(found, list) else [found]
+    width, height = (content.get(name) if isinstance(content.get(name), int) else None for name in ("width", "height"))
+    record = {
+        "photo_id": str(content.get("photo_id") or key),
+        "captions": [one.strip() for one in captions if isinstance(one, str) and one.strip()],
+        "split": split,
+        "source": str(content.get("source") or ""),
+        "width": width,
+        "height": height,
+        "sha256": None,
+    }
+    return {**record, "url": content["url"]} if isinstance(content.get("url"), str) else record
+
+
+def is_our_record(content: Any) -> TypeGuard[dict[str, Any]]:
+    return (
+        isinstance(content, dict)
+        and content.keys() >= {"photo_id", "captions", "split"}
+        and isinstance(content["captions"], list)
+    )
+
+
 class Shard:
     """One tar on local disk. Reads are `pread`s, not a memory map: under a map, a file cut short while it is
     read kills the process (SIGBUS) where this raises `ShardDamage`. Holds one open file; safe across fork."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, split: str = "") -> None:
         self.path = path
+        self.split = split  # of samples that don't say it themselves
         self._members = MemberIndex.load(path)
         suffixes = self._members.suffixes.tolist()
-        self._json_column = suffixes.index("json")
+        self._json_column, self._text_column = (
+            suffixes.index(suffix) if suffix in suffixes else None for suffix in RECORD_SUFFIXES
+        )
         self._image_columns = [column for column, suffix in enumerate(suffixes) if suffix in IMAGE_SUFFIXES]
         expected = int(self._members.tar_bytes)
         found = path.stat().st_size if path.is_file() else None
@@ -231,14 +305,21 @@ class Shard:
         return str(self._members.keys[sample])
 
     def record(self, sample: int) -> dict[str, Any]:
-        """The JSON member: photo_id, captions, split, source, width, height, sha256, perhaps scene."""
+        """photo_id, captions, split, source, width, height, sha256, perhaps scene, url: the JSON member of our
+        shards as it is, those of other tools brought into this form."""
+        content: Any = None
         data = self._read(sample, self._json_column)
-        if data is None:
-            raise ShardDamage(self.path, self.key(sample), "it has no json member")
         try:
-            return json.loads(data)
-        except ValueError as error:
+            if data is not None and is_our_record(content := json.loads(data)):
+                return content
+            record = foreign_record(content, self._read(sample, self._text_column), self.key(sample), self.split)
+        except UnicodeDecodeError as error:
+            raise ShardDamage(self.path, self.key(sample), f"its captions are not UTF-8 ({error})") from error
+        except json.JSONDecodeError as error:
             raise ShardDamage(self.path, self.key(sample), f"its json member is no JSON ({error})") from error
+        if not record["captions"]:
+            raise ShardDamage(self.path, self.key(sample), "it has no caption in a json or txt member")
+        return record
 
     def image_bytes(self, sample: int) -> bytes | None:
         """The photo as its source gave it; None when the sample has captions only."""
@@ -248,6 +329,13 @@ class Shard:
                 return data
         return None
 
+    def image_size(self, sample: int) -> int | None:
+        """How many bytes the photo has, without reading it; None: captions only."""
+        sizes = [
+            int(self._members.size[sample, c]) for c in self._image_columns if self._members.offset[sample, c] >= 0
+        ]
+        return sizes[0] if sizes else None
+
     def features(self, info: FeatureInfo) -> tuple[np.ndarray, np.ndarray | None]:
         """Memory maps pooled_NF and patches_NPF (None: the features have no patches), row i = sample i."""
         files = info.files.get(self.path.stem, {})
@@ -256,7 +344,39 @@ class Shard:
             return pooled_NF, None
         return pooled_NF, self._feature_array(info, files, "patches", (len(self), *info.patches))
 
-    def _read(self, sample: int, column: int) -> bytes | None:
+    def damages(self, sample: int) -> list[ShardDamage]:
+        """What is wrong with the contents of each of its members."""
+        found = []
+        for column in range(len(self._members.suffixes)):
+            try:
+                self._read(sample, column)
+            except ShardDamage as damage:
+                found.append(damage)
+        if not found:
+            try:
+                self.record(sample)
+            except ShardDamage as damage:
+                found.append(damage)
+        return found
+
+    def frame_damages(self, sample: int) -> list[ShardDamage]:
+        """What is wrong around its members: in the tar header before each one and the padding behind it."""
+        members, found = self._members, []
+        for column in np.flatnonzero(members.offset[sample] >= 0):
+            offset, size = int(members.offset[sample, column]), int(members.size[sample, column])
+            what = f"of its {members.suffixes[column]} member"
+            header = os.pread(self._file.fileno(), TAR_BLOCK, offset - TAR_BLOCK)
+            if not _header_checksum_fits(header):
+                where = f"the tar header {what} at byte {offset - TAR_BLOCK}"
+                found.append(ShardDamage(self.path, self.key(sample), f"{where} has a wrong checksum"))
+            if any(os.pread(self._file.fileno(), -size % TAR_BLOCK, offset + size)):
+                where = f"the padding {what} at byte {offset + size}"
+                found.append(ShardDamage(self.path, self.key(sample), f"{where} is not zero"))
+        return found
+
+    def _read(self, sample: int, column: int | None) -> bytes | None:
+        if column is None:
+            return None
         members = self._members
         offset, size = int(members.offset[sample, column]), int(members.size[sample, column])
         if offset < 0:
@@ -289,64 +409,23 @@ class Shard:
         return array
 
 
+def _header_checksum_fits(header: bytes) -> bool:
+    """Bytes 148 to 155 hold, in octal, the sum of all 512 with these eight counted as spaces (POSIX ustar)."""
+    try:
+        return int(header[148:156].strip(b" \0"), 8) == sum(header[:148]) + 8 * ord(" ") + sum(header[156:])
+    except ValueError:
+        return False
+
+
 def open_shard(directory: Path, info: ShardInfo) -> Shard:
     """A shard, and the one that the index lists: one left by another run mostly has another count."""
-    shard = Shard(tar_path(directory, info.name))
+    if info.url:
+        raise ValueError(
+            f"{directory}: shard {info.name} is at {info.url}, and shards that are elsewhere can't be read yet. "
+            "Copy the tars to a local folder and run `make-shards index` on it"
+        )
+    shard = Shard(tar_path(directory, info.name), info.split)
     if len(shard) != info.samples:
         shard.close()
         raise ShardDamage(shard.path, None, f"it has {len(shard)} samples, {INDEX_FILE} says {info.samples}")
     return shard
-
-
-# ---- verify ----
-
-
-def verify(directory: Path) -> list[str]:
-    """Every damage that can be found by reading all bytes once or twice; empty: the dataset is as written."""
-    index = ShardIndex.load(directory)
-    damages = [damage for info in index.shards for damage in _shard_damages(directory, info, index)]
-    known = {info.name for info in index.shards}
-    for feature in index.features.values():
-        damages += [f"features {feature.name!r} list the unknown shard {name}" for name in feature.files.keys() - known]
-    return damages
-
-
-def _shard_damages(directory: Path, info: ShardInfo, index: ShardIndex) -> list[str]:
-    try:
-        shard = open_shard(directory, info)
-    except ShardDamage as damage:
-        return [str(damage)]
-    damages = []
-    for sample in range(len(shard)):
-        for read in (shard.record, shard.image_bytes):
-            try:
-                read(sample)
-            except ShardDamage as damage:
-                damages.append(str(damage))
-    if not damages and file_sha256(shard.path) != info.sha256:
-        damages.append(
-            str(
-                ShardDamage(
-                    shard.path,
-                    None,
-                    "its sha256 differs, all samples' contents agree (tar headers or padding)",
-                )
-            )
-        )
-    for feature in index.features.values():
-        damages += _feature_damages(shard, feature)
-    shard.close()
-    return damages
-
-
-def _feature_damages(shard: Shard, info: FeatureInfo) -> list[str]:
-    try:
-        shard.features(info)
-    except ValueError as damage:
-        return [str(damage)]
-    paths = [(shard.path.with_name(file["file"]), file["sha256"]) for file in info.files[shard.path.stem].values()]
-    return [
-        str(ShardDamage(path, None, f"its sha256 differs from that in {INDEX_FILE}"))
-        for path, sha256 in paths
-        if file_sha256(path) != sha256
-    ]

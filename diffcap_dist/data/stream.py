@@ -7,7 +7,6 @@ State is one integer, ``samples_seen``; ranks and workers change neither the ord
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from diffcap_dist.config import DataConfig
 from diffcap_dist.data.captions import CaptionTokenizer
 from diffcap_dist.data.order import SampleOrder, draw, evaluation_positions, rank_positions
+from diffcap_dist.data.photo import decode_photo
 from diffcap_dist.data.shard_format import FeatureInfo, Shard, ShardIndex, open_shard
 from diffcap_dist.training.preemption import reset_in_worker
 
@@ -110,7 +110,7 @@ class ShardReader:
                 f"{self.directory / self.shards[shard].name}.tar: {self._shard(shard).key(sample)} has no image "
                 "(shards of captions only): set data.features to features beside the shards"
             )
-        return self.transform(Image.open(io.BytesIO(data)).convert("RGB"))
+        return self.transform(decode_photo(data))
 
 
 class _Positions(Dataset):
