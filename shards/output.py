@@ -9,24 +9,29 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from diffcap_dist.data.shard_format import atomic_write
+from diffcap_dist.data.shard_format import NewFile
 
 CODE_FOLDERS = ("diffcap_dist", "shards", "launch", "configs", "benchmarks", "tests", "docs")
 NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
+Write = Callable[[bytes], object]
+
+
 class Output(Protocol):
-    """A place for a dataset. It pickles: worker processes write into it."""
+    """A place for a dataset. It pickles: worker processes write into it. What `create` makes is there when its block
+    ends, and not at all after an error."""
 
     def __str__(self) -> str: ...
     def size(self, name: str) -> int | None: ...
     def read(self, name: str) -> bytes: ...
-    def write(self, name: str, data: bytes | bytearray | memoryview) -> None: ...
+    def create(self, name: str) -> contextlib.AbstractContextManager[Write]: ...
     def names(self) -> list[str]: ...
     def delete(self, names: list[str]) -> None: ...
     def reserve(self, part: int, num_parts: int) -> contextlib.AbstractContextManager[None]: ...
@@ -64,13 +69,24 @@ class Folder:
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
 
-    def write(self, name: str, data: bytes | bytearray | memoryview) -> None:
+    @contextlib.contextmanager
+    def create(self, name: str) -> Iterator[Write]:
         path = self.path / name
-        try:
+
+        def write(data: bytes) -> None:
+            with _writing(str(path)):
+                file.write(data)
+
+        with _writing(str(path)):
             path.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(path, data)
-        except OSError as error:
-            raise _cannot_write(str(path), error) from error
+            file = NewFile(path)
+        try:
+            yield write
+            with _writing(str(path)):
+                file.finish()
+        except BaseException:
+            file.discard()
+            raise
 
     def names(self) -> list[str]:
         if not self.path.is_dir():
@@ -101,11 +117,9 @@ class Folder:
     @contextlib.contextmanager
     def _lock(self, name: str, kind: int) -> Iterator[None]:
         path = self.path / "unfinished" / name
-        try:
+        with _writing(str(path.parent)):
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("w")
-        except OSError as error:
-            raise _cannot_write(str(path.parent), error) from error
         with file:
             try:
                 fcntl.flock(file, kind)
@@ -131,7 +145,7 @@ class Store:
     def size(self, name: str) -> int | None:
         filesystem, path = self._filesystem()
         filesystem.invalidate_cache()
-        with self._asking(name):
+        with _writing(f"{self.url}/{name}"):
             try:
                 return int(filesystem.info(f"{path}/{name}")["size"])
             except FileNotFoundError:
@@ -139,18 +153,21 @@ class Store:
 
     def read(self, name: str) -> bytes:
         filesystem, path = self._filesystem()
-        with self._asking(name):
+        with _writing(f"{self.url}/{name}"):
             return filesystem.cat_file(f"{path}/{name}")
 
-    def write(self, name: str, data: bytes | bytearray | memoryview) -> None:
+    @contextlib.contextmanager
+    def create(self, name: str) -> Iterator[Write]:
         filesystem, path = self._filesystem()
-        with self._asking(name):
-            filesystem.pipe_file(f"{path}/{name}", bytes(data))
+        buffer = io.BytesIO()
+        yield buffer.write
+        with _writing(f"{self.url}/{name}"):
+            filesystem.pipe_file(f"{path}/{name}", buffer.getvalue())
 
     def names(self) -> list[str]:
         filesystem, path = self._filesystem()
         filesystem.invalidate_cache()
-        with self._asking(""):
+        with _writing(self.url):
             try:
                 found = filesystem.find(path)
             except FileNotFoundError:
@@ -160,7 +177,7 @@ class Store:
     def delete(self, names: list[str]) -> None:
         filesystem, path = self._filesystem()
         for name in names:
-            with self._asking(name), contextlib.suppress(FileNotFoundError):
+            with _writing(f"{self.url}/{name}"), contextlib.suppress(FileNotFoundError):
                 filesystem.rm_file(f"{path}/{name}")
 
     def reserve(self, part: int, num_parts: int) -> contextlib.AbstractContextManager[None]:
@@ -178,15 +195,17 @@ class Store:
         except (ImportError, ValueError) as error:
             raise ValueError(f"{self.url} can't be written: {error}") from error
 
-    @contextlib.contextmanager
-    def _asking(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # each store has errors of its own: boto, google and HTTP ones
-            raise _cannot_write(f"{self.url}/{name}", error) from error
+
+def write_file(output: Output, name: str, data: bytes) -> None:
+    with output.create(name) as write:
+        write(data)
 
 
-def _cannot_write(where: str, error: Exception) -> ValueError:
-    hint = " Free some space" if isinstance(error, OSError) and error.errno == errno.ENOSPC else " See to it"
-    what = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-    return ValueError(f"{where}: {what}.{hint} and run this again: what is finished is kept")
+@contextlib.contextmanager
+def _writing(where: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # disks give OSErrors; each store has errors of its own: boto, google and HTTP ones
+        hint = "Free some space" if isinstance(error, OSError) and error.errno == errno.ENOSPC else "See to it"
+        what = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise ValueError(f"{where}: {what}. {hint} and run this again: what is finished is kept") from error

@@ -10,6 +10,7 @@ import dataclasses
 import io
 import re
 import struct
+from functools import lru_cache
 
 from PIL import Image, UnidentifiedImageError
 
@@ -141,7 +142,9 @@ def plain_jpeg(data: bytes) -> tuple[int, int, int] | None:
         if position > size or position < start:
             return None
         if marker == _DHT:
-            valid = _huffman_tables(data, start, position, tables)
+            huffman = _huffman_tables(data[start:position])
+            valid = huffman is not None
+            tables |= huffman or frozenset()
         elif marker == _DQT:
             valid = _quantization_tables(data, start, position, tables)
         elif marker in _BASELINE:
@@ -181,19 +184,20 @@ def _frame(data: bytes, start: int, end: int, tables: set[tuple[str, int]]) -> t
     return width, height, identifiers
 
 
-def _huffman_tables(data: bytes, start: int, end: int, tables: set[tuple[str, int]]) -> bool:
-    """Code lengths that make a prefix code, all symbols there (annex C)."""
-    while start + 17 <= end:
-        counts = data[start + 1 : start + 17]
+@lru_cache(maxsize=256)  # most cameras and programs use the tables of the standard's annex K
+def _huffman_tables(segment: bytes) -> frozenset[tuple[str, int]] | None:
+    """The tables of a segment: code lengths that make a prefix code, all symbols there (annex C). None: they don't."""
+    tables, start = set(), 0
+    while start + 17 <= len(segment):
+        counts = segment[start + 1 : start + 17]
         if sum(count << (15 - length) for length, count in enumerate(counts)) > 1 << 16 or not 0 < sum(counts) <= 256:
-            return False
-        end_of_table = start + 17 + sum(counts)
-        is_dc = data[start] < 16
-        if is_dc and max(data[start + 17 : end_of_table], default=0) > 15:  # a DC symbol is a number of bits
-            return False
-        tables.add(("huffman", data[start]))
-        start = end_of_table
-    return start == end
+            return None
+        end = start + 17 + sum(counts)
+        if segment[start] < 16 and max(segment[start + 17 : end], default=0) > 15:  # a DC symbol is a number of bits
+            return None
+        tables.add(("huffman", segment[start]))
+        start = end
+    return frozenset(tables) if start == len(segment) else None
 
 
 def _quantization_tables(data: bytes, start: int, end: int, tables: set[tuple[str, int]]) -> bool:

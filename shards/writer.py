@@ -15,13 +15,14 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from diffcap_dist.data.shard_format import INDEX_FILE, TAR_BLOCK, Member, MemberIndex, ShardIndex, ShardInfo, safe_key
-from shards.output import Output
+from shards.output import Output, Write, write_file
 from shards.photos import StoredPhoto, UnusablePhoto, check_photo, shrink_photo
 from shards.workers import in_processes
 
@@ -113,7 +114,7 @@ def write_dataset(
     if finished is None:
         _require_free(output, request)
         with output.reserve(*part):
-            output.write(REQUEST_FILE, _request_bytes(request))
+            write_file(output, REQUEST_FILE, _request_bytes(request))
             jobs = (
                 _Job(name, samples, output, settings, source.prepare)
                 for name, samples in _chunks(source.samples, settings.samples_per_shard)
@@ -300,24 +301,36 @@ def make_shard(job: _Job) -> tuple[str, int, _Report]:
     """One chunk of samples as a shard in the output, and the report of it, last. (name, samples, report)."""
     if job.prepare is not None:
         job.prepare(job.samples)
-    growing, rejected, captions = GrowingShard(), list[Rejected](), 0
-    for sample in job.samples:
-        try:
-            growing.add(safe_key(sample.photo_id), sample_members(sample, job.settings))
-            captions += len(sample.captions)
-        except (UnusablePhoto, Unavailable) as error:
-            rejected.append(Rejected(sample.photo_id, error.reason, 1, len(sample.captions), error.detail))
-    if not growing.samples:
+    rejected: list[Rejected] = []
+    usable = _usable(job.samples, job.settings, rejected)
+    first = next(usable, None)
+    if first is None:
         report = _Report(None, 0, rejected, 0)
     else:
-        tar, member_index = growing.finish()
-        job.output.write(f"{job.name}.tar", tar)
-        job.output.write(f"{job.name}.idx.npz", member_index)
-        sha256 = hashlib.sha256(tar).hexdigest()
-        info = ShardInfo(job.name, job.samples[0].split, len(growing.samples), len(tar), sha256)
+        captions = 0
+        with job.output.create(f"{job.name}.tar") as write:
+            tar = TarStream(write)
+            for sample, members in chain([first], usable):
+                tar.add(safe_key(sample.photo_id), members)
+                captions += len(sample.captions)
+            tar.end()
+        member_index = MemberIndex.from_members(tar.samples, tar.size).to_bytes()
+        write_file(job.output, f"{job.name}.idx.npz", member_index)
+        split = job.samples[0].split
+        info = ShardInfo(job.name, split, len(tar.samples), tar.size, tar.sha256.hexdigest())
         report = _Report(info, captions, rejected, len(member_index))
-    job.output.write(job.report_file, report.to_bytes())
+    write_file(job.output, job.report_file, report.to_bytes())
     return job.name, len(job.samples), report
+
+
+def _usable(
+    samples: list[RawSample], settings: ShardSettings, rejected: list[Rejected]
+) -> Iterator[tuple[RawSample, dict[str, bytes]]]:
+    for sample in samples:
+        try:
+            yield sample, sample_members(sample, settings)
+        except (UnusablePhoto, Unavailable) as error:
+            rejected.append(Rejected(sample.photo_id, error.reason, 1, len(sample.captions), error.detail))
 
 
 def sample_members(sample: RawSample, settings: ShardSettings) -> dict[str, bytes]:
@@ -351,29 +364,34 @@ def _stored(data: bytes, settings: ShardSettings) -> StoredPhoto:
 # ---- one tar ----
 
 
-class GrowingShard:
-    """A tar growing in memory, with the index of its members."""
+class TarStream:
+    """A tar written as it grows, hashed on the way, with the places of its members."""
 
-    def __init__(self) -> None:
+    def __init__(self, write: Write) -> None:
         self.samples: list[tuple[str, list[Member]]] = []  # (key, members)
-        self._tar = bytearray()
+        self.sha256, self.size = hashlib.sha256(), 0
+        self._write = write
 
     def add(self, key: str, members: dict[str, bytes]) -> None:
         self.samples.append((key, [self._append(key, suffix, data) for suffix, data in members.items()]))
 
+    def end(self) -> None:
+        self._put(bytes(2 * TAR_BLOCK))
+
     def _append(self, key: str, suffix: str, data: bytes) -> Member:
-        self._tar += tar_header(f"{key}.{suffix}", len(data))
-        offset = len(self._tar)
-        self._tar += data
-        self._tar += bytes(-len(data) % TAR_BLOCK)
+        self._put(tar_header(f"{key}.{suffix}", len(data)))
+        offset = self.size
+        self._put(data)
+        self._put(_PADDING[len(data) % TAR_BLOCK])
         return Member(suffix, offset, len(data), zlib.crc32(data))
 
-    def finish(self) -> tuple[bytearray, bytes]:
-        """(the tar, its member index)."""
-        self._tar += bytes(2 * TAR_BLOCK)
-        return self._tar, MemberIndex.from_members(self.samples, len(self._tar)).to_bytes()
+    def _put(self, data: bytes) -> None:
+        self._write(data)
+        self.sha256.update(data)
+        self.size += len(data)
 
 
+_PADDING = [bytes(-used % TAR_BLOCK) for used in range(TAR_BLOCK)]
 # POSIX ustar: mode 0644, uid and gid 0, mtime 0, an ordinary file: nothing of this machine or hour.
 _BEFORE_SIZE = b"0000644\0" + b"0000000\0" * 2
 _MODIFIED, _BLANK_CHECKSUM = b"00000000000\0", b" " * 8
@@ -402,14 +420,14 @@ def _merge(
 ) -> ShardIndex:
     rejected = rejected_by_source + [one for report in reports.values() for one in report.rejected]
     lines = [json.dumps(dataclasses.asdict(one), ensure_ascii=False) + "\n" for one in rejected]
-    output.write(REJECTED_FILE, "".join(lines).encode())
+    write_file(output, REJECTED_FILE, "".join(lines).encode())
     shards = sorted((report.shard for report in reports.values() if report.shard), key=lambda info: info.name)
     counts = _counts(shards, sum(report.captions for report in reports.values()), rejected)
     if not shards:
         raise ValueError(f"no sample is left to write to {output}; rejected: {counts['rejected']}")
     _check_rejections(output, counts["photos"], rejected, max_rejected)
     index = ShardIndex(shards, {}, {"request": request, "versions": _versions(), "counts": counts})
-    output.write(INDEX_FILE, index.to_bytes())
+    write_file(output, INDEX_FILE, index.to_bytes())
     return index
 
 

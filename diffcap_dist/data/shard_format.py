@@ -7,6 +7,7 @@ It does not make shards, choose an order, decode images or fetch anything.
 S, N samples, K member suffixes, F feature width, P patches.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -43,23 +44,44 @@ class ShardDamage(ValueError):
         return type(self), (self.shard, self.key, self.found)  # crosses process borders whole
 
 
+class NewFile:
+    """A file that appears with `finish`: written aside, synced, renamed, so that `path` holds all of the old or all
+    of the new, also after a power cut. `discard` leaves no trace."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._aside = path, path.with_name(path.name + ".tmp")
+        self._file = self._aside.open("wb", buffering=1 << 20)
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self._file.write(data)
+
+    def finish(self) -> None:
+        with self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._aside.replace(self._path)
+        folder = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself is only durable once the folder is
+        finally:
+            os.close(folder)
+
+    def discard(self) -> None:
+        """After an error, a full disk for one: the half file would keep it full."""
+        self._aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # its buffer can't be written any more
+            self._file.close()
+
+
 def atomic_write(path: Path, data: bytes | bytearray | memoryview) -> None:
-    """Write aside, fsync, rename: `path` holds all of the old or all of the new, also after a power cut."""
-    aside = path.with_name(path.name + ".tmp")
+    """`path` holds all of the old or all of the new, also after a power cut."""
+    file = NewFile(path)
     try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError:  # a full disk: the half file would keep it full
-        aside.unlink(missing_ok=True)
+        file.write(data)
+        file.finish()
+    except BaseException:
+        file.discard()
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself is only durable once the folder is
-    finally:
-        os.close(folder)
 
 
 def file_sha256(path: Path) -> str:
