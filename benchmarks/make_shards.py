@@ -151,7 +151,8 @@ def run_ours(photos: list[Path], out: Path, settings: ShardSettings, workers: in
 
 
 def as_text(result: dict) -> str:
-    lines = [f"{result['photos']} photos, {result['megabytes']:.0f} MB; MB a second, medians of {result['rounds']} rounds"]
+    what = f"{result['photos']} photos, {result['megabytes']:.0f} MB"
+    lines = [f"{what}; MB of photos a second, medians of {result['rounds']} rounds"]
     for name, speed in result["mb_per_second"].items():
         low, high = result["range"][name]
         lines.append(f"  {name:26} {speed:8.0f}   ({low:.0f} to {high:.0f})")

@@ -21,7 +21,7 @@ CODE_FOLDERS = ("diffcap_dist", "shards", "launch", "configs", "benchmarks", "te
 NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-Write = Callable[[bytes], object]
+Write = Callable[[bytes | bytearray], object]
 
 
 class Output(Protocol):
@@ -73,9 +73,11 @@ class Folder:
     def create(self, name: str) -> Iterator[Write]:
         path = self.path / name
 
-        def write(data: bytes) -> None:
-            with _writing(str(path)):
+        def write(data: bytes | bytearray) -> None:
+            try:
                 file.write(data)
+            except OSError as error:
+                raise _cannot_write(str(path), error) from error
 
         with _writing(str(path)):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -206,6 +208,10 @@ def _writing(where: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # disks give OSErrors; each store has errors of its own: boto, google and HTTP ones
-        hint = "Free some space" if isinstance(error, OSError) and error.errno == errno.ENOSPC else "See to it"
-        what = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        raise ValueError(f"{where}: {what}. {hint} and run this again: what is finished is kept") from error
+        raise _cannot_write(where, error) from error
+
+
+def _cannot_write(where: str, error: Exception) -> ValueError:
+    hint = "Free some space" if isinstance(error, OSError) and error.errno == errno.ENOSPC else "See to it"
+    what = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+    return ValueError(f"{where}: {what}. {hint} and run this again: what is finished is kept")

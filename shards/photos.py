@@ -11,6 +11,7 @@ import io
 import re
 import struct
 from functools import lru_cache
+from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
@@ -25,7 +26,7 @@ WRONG_FORMAT, ANIMATED, SIXTEEN_BIT = "photo of another format", "animated pictu
 
 EXIF_ORIENTATION = 0x0112
 # JPEG (ITU-T T.81, annex B): markers that are followed by a length, and those that may stand within a scan.
-_SOI, _EOI, _SOS, _DHT, _DQT, _APP1 = 0xD8, 0xD9, 0xDA, 0xC4, 0xDB, 0xE1
+_EOI, _SOS, _DHT, _DQT, _APP1 = 0xD9, 0xDA, 0xC4, 0xDB, 0xE1
 _BASELINE = (0xC0, 0xC1)
 _SKIPPED = {0xDD, 0xFE, *range(0xE0, 0xF0)}  # restart interval, comment, application data
 _LUMA_SAMPLINGS = (0x11, 0x21, 0x12, 0x22, 0x41)  # beside chroma at 1x1: 4:4:4, 4:2:2, 4:4:0, 4:2:0, 4:1:1
@@ -125,68 +126,80 @@ def _check_size(width: int, height: int, min_side: int) -> None:
 
 # ---- by structure: a plain JPEG ----
 
+Tables = frozenset[tuple[str, int]]  # ("huffman" | "quantization", its number)
+
 
 def plain_jpeg(data: bytes) -> tuple[int, int, int] | None:
     """(width, height, orientation) of a JPEG that is whole and ordinary: sequential, 8 bits, Huffman-coded, 1 or 3
     components, every table in place, each component coded, its end marker last. None: decode it to find out."""
-    frame: tuple[int, int, list[int]] | None = None  # width, height, component ids
-    orientation, coded, tables = 1, set[int](), set[tuple[str, int]]()
+    frame: _Frame | None = None
+    tables, coded, orientation = Tables(), Tables(), 1
     position, size = 2, len(data)
-    if size < 4 or data[0] != 0xFF or data[1] != _SOI:
+    if not data.startswith(b"\xff\xd8"):
         return None
-    while position + 4 <= size:
-        if data[position] != 0xFF:
+    while position + 4 <= size and data[position] == 0xFF:
+        marker, start = data[position + 1], position + 4
+        position += 2 + (data[position + 2] << 8 | data[position + 3])
+        segment = data[start:position]
+        if start + len(segment) != position:
             return None
-        marker = data[position + 1]
-        start, position = position + 4, position + 2 + (data[position + 2] << 8 | data[position + 3])
-        if position > size or position < start:
-            return None
-        if marker == _DHT:
-            huffman = _huffman_tables(data[start:position])
-            valid = huffman is not None
-            tables |= huffman or frozenset()
-        elif marker == _DQT:
-            valid = _quantization_tables(data, start, position, tables)
-        elif marker in _BASELINE:
-            first = frame is None
-            frame = _frame(data, start, position, tables)
-            valid = first and frame is not None
-        elif marker == _SOS:
-            valid = frame is not None and _scan(frame[2], data, start, position, tables, coded)
-            end = _END_OF_SCAN.search(data, position)
-            if not valid or end is None:
+        if marker in _TABLES:
+            found = _TABLES[marker](segment)
+            if found is None:
                 return None
+            tables |= found
+        elif marker in _BASELINE and frame is None:
+            frame = _frame(segment)
+            if frame is None or not frame.tables <= tables:
+                return None
+        elif marker == _SOS and frame is not None:
+            scan = _scan(segment)
+            end = _END_OF_SCAN.search(data, position)
+            if scan is None or end is None or not scan.tables <= tables:
+                return None
+            coded |= scan.components
             position = end.start()
             if data[position + 1] == _EOI:
-                break
-        elif marker == _APP1 and data.startswith(b"Exif\0\0", start):
-            orientation = _orientation(data[start:position])
-            valid = orientation > 0
-        else:
-            valid = marker in _SKIPPED
-        if not valid:
+                whole = position + 2 == size and coded == frame.components
+                return (frame.width, frame.height, orientation) if whole else None
+        elif marker == _APP1 and segment.startswith(b"Exif\0\0"):
+            orientation = _orientation(segment)
+            if not orientation:
+                return None
+        elif marker not in _SKIPPED:
             return None
-    whole = frame is not None and data.endswith(b"\xff\xd9") and position + 2 == size and coded == set(frame[2])
-    return (frame[0], frame[1], orientation) if frame is not None and whole else None
+    return None
 
 
-def _frame(data: bytes, start: int, end: int, tables: set[tuple[str, int]]) -> tuple[int, int, list[int]] | None:
-    if end - start < 6 or data[start] != 8 or data[start + 5] not in (1, 3) or end - start != 6 + 3 * data[start + 5]:
+class _Frame(NamedTuple):
+    width: int
+    height: int
+    components: Tables
+    tables: Tables  # that it needs
+
+
+class _Scan(NamedTuple):
+    components: Tables
+    tables: Tables
+
+
+# Photos of one camera or one program share these segments: each is judged once.
+@lru_cache(maxsize=256)
+def _frame(segment: bytes) -> _Frame | None:
+    if len(segment) < 6 or segment[0] != 8 or segment[5] not in (1, 3) or len(segment) != 6 + 3 * segment[5]:
         return None
-    height, width = struct.unpack_from(">HH", data, start + 1)
-    parts = [data[at : at + 3] for at in range(start + 6, end, 3)]
+    height, width = struct.unpack_from(">HH", segment, 1)
+    parts = [segment[at : at + 3] for at in range(6, len(segment), 3)]
+    components = frozenset(("component", part[0]) for part in parts)
     ordinary = parts[0][1] in _LUMA_SAMPLINGS and all(part[1] == 0x11 for part in parts[1:])
-    identifiers = [part[0] for part in parts]
-    if not width or not height or not ordinary or len(set(identifiers)) < len(parts):
+    if not width or not height or not ordinary or len(components) < len(parts):
         return None
-    if not tables.issuperset(("quantization", part[2]) for part in parts):
-        return None
-    return width, height, identifiers
+    return _Frame(width, height, components, frozenset(("quantization", part[2]) for part in parts))
 
 
-@lru_cache(maxsize=256)  # most cameras and programs use the tables of the standard's annex K
-def _huffman_tables(segment: bytes) -> frozenset[tuple[str, int]] | None:
-    """The tables of a segment: code lengths that make a prefix code, all symbols there (annex C). None: they don't."""
+@lru_cache(maxsize=256)
+def _huffman_tables(segment: bytes) -> Tables | None:
+    """Code lengths that make a prefix code, all symbols there (annex C). None: they don't."""
     tables, start = set(), 0
     while start + 17 <= len(segment):
         counts = segment[start + 1 : start + 17]
@@ -200,35 +213,26 @@ def _huffman_tables(segment: bytes) -> frozenset[tuple[str, int]] | None:
     return frozenset(tables) if start == len(segment) else None
 
 
-def _quantization_tables(data: bytes, start: int, end: int, tables: set[tuple[str, int]]) -> bool:
-    while start + 65 <= end:
-        if data[start] > 3:  # 16-bit entries are not ordinary
-            return False
-        tables.add(("quantization", data[start]))
-        start += 65
-    return start == end
+@lru_cache(maxsize=256)
+def _quantization_tables(segment: bytes) -> Tables | None:
+    numbers = segment[::65]
+    if len(segment) % 65 or not numbers or max(numbers) > 3:  # above: entries of 16 bits, not ordinary
+        return None
+    return frozenset(("quantization", number) for number in numbers)
 
 
-def _scan(
-    identifiers: list[int],
-    data: bytes,
-    start: int,
-    end: int,
-    tables: set[tuple[str, int]],
-    coded: set[int],
-) -> bool:
-    """The scan's components are the frame's, and the Huffman tables that it names are there."""
-    count = data[start] if end > start else 0
-    if not 1 <= count <= 4 or end - start != 4 + 2 * count:
-        return False
-    if data[end - 3 : end] != b"\x00\x3f\x00":  # all coefficients at once, at full precision
-        return False
-    for at in range(start + 1, end - 3, 2):
-        identifier, dc, ac = data[at], data[at + 1] >> 4, data[at + 1] & 15
-        if identifier not in identifiers or not tables.issuperset([("huffman", dc), ("huffman", 16 + ac)]):
-            return False
-        coded.add(identifier)
-    return True
+@lru_cache(maxsize=256)
+def _scan(segment: bytes) -> _Scan | None:
+    """Which components it codes and the Huffman tables that they name; all coefficients at once, at full precision."""
+    count = segment[0] if segment else 0
+    if not 1 <= count <= 4 or len(segment) != 4 + 2 * count or segment[-3:] != b"\x00\x3f\x00":
+        return None
+    pairs = [(segment[at], segment[at + 1]) for at in range(1, len(segment) - 3, 2)]
+    tables = [("huffman", number) for _, pair in pairs for number in (pair >> 4, 16 + (pair & 15))]
+    return _Scan(frozenset(("component", identifier) for identifier, _ in pairs), frozenset(tables))
+
+
+_TABLES = {_DHT: _huffman_tables, _DQT: _quantization_tables}
 
 
 def _orientation(exif: bytes) -> int:

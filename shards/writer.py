@@ -371,24 +371,34 @@ class TarStream:
         self.samples: list[tuple[str, list[Member]]] = []  # (key, members)
         self.sha256, self.size = hashlib.sha256(), 0
         self._write = write
+        self._small = bytearray()  # headers, records and padding that wait for the next photo
 
     def add(self, key: str, members: dict[str, bytes]) -> None:
         self.samples.append((key, [self._append(key, suffix, data) for suffix, data in members.items()]))
 
     def end(self) -> None:
-        self._put(bytes(2 * TAR_BLOCK))
+        self._small += bytes(2 * TAR_BLOCK)
+        self.size += 2 * TAR_BLOCK
+        self._flush()
 
     def _append(self, key: str, suffix: str, data: bytes) -> Member:
-        self._put(tar_header(f"{key}.{suffix}", len(data)))
-        offset = self.size
-        self._put(data)
-        self._put(_PADDING[len(data) % TAR_BLOCK])
-        return Member(suffix, offset, len(data), zlib.crc32(data))
+        self._small += tar_header(f"{key}.{suffix}", len(data))
+        self.size += TAR_BLOCK
+        member = Member(suffix, self.size, len(data), zlib.crc32(data))
+        if len(data) > 8 * TAR_BLOCK:
+            self._flush()
+            self._write(data)
+            self.sha256.update(data)
+        else:
+            self._small += data
+        self._small += _PADDING[len(data) % TAR_BLOCK]
+        self.size += -(-len(data) // TAR_BLOCK) * TAR_BLOCK
+        return member
 
-    def _put(self, data: bytes) -> None:
-        self._write(data)
-        self.sha256.update(data)
-        self.size += len(data)
+    def _flush(self) -> None:
+        self._write(self._small)
+        self.sha256.update(self._small)
+        self._small.clear()
 
 
 _PADDING = [bytes(-used % TAR_BLOCK) for used in range(TAR_BLOCK)]
