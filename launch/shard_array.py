@@ -1,0 +1,82 @@
+"""`make-shards` as a job array: every task writes shards of its own, the last one to finish writes the index.
+
+    python launch/shard_array.py --tasks 16 --slurm partition=cpu --time 120 -- cc3m --urls train.tsv --out DIR ...
+
+In: a make-shards command that writes a dataset, behind ``--``. Out: the dataset, the same bytes as one process writes.
+On SLURM where there is one, else as processes of this machine. Run the same line again after a failure: finished shards
+are kept. It waits for the tasks and shows the errors of those that failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import submitit
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    executor = submitit.AutoExecutor(
+        folder=arguments.logs, cluster=None if arguments.cluster == "auto" else arguments.cluster
+    )
+    options = {f"slurm_{key}": value for key, value in arguments.slurm}
+    executor.update_parameters(name="make-shards", timeout_min=arguments.time, **options)
+    if executor.cluster == "slurm":
+        executor.update_parameters(cpus_per_task=arguments.cpus_per_task, slurm_array_parallelism=arguments.tasks)
+    parts = range(arguments.tasks)
+    with executor.batch():
+        jobs = [executor.submit(run_part, arguments.words, part, arguments.tasks) for part in parts]
+    print(
+        f"{arguments.tasks} tasks, job {jobs[0].job_id.split('_')[0]} on {executor.cluster}; logs in {arguments.logs}"
+    )
+    failed = [part for part, job in zip(parts, jobs) if not _succeeded(part, job)]
+    if failed:
+        print(f"tasks that failed: {', '.join(map(str, failed))}. Run the same line again: what is finished is kept")
+        return 1
+    return 0
+
+
+def run_part(words: list[str], part: int, num_parts: int) -> None:
+    """One task of the array."""
+    from shards import make_shards
+
+    status = make_shards.main([*words, "--part", f"{part}/{num_parts}"])
+    if status != 0:
+        raise SystemExit(f"make-shards ended with status {status}")
+
+
+def _succeeded(part: int, job: submitit.Job[None]) -> bool:
+    try:
+        job.result()
+        said = [line for line in (job.stdout() or "").splitlines() if not line.startswith("submitit ")]
+        print(f"task {part}: {said[-1] if said else 'done'}", flush=True)
+        return True
+    except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError):
+        lines = (job.stderr() or "it left no words: was it killed?").rstrip().splitlines()
+        print(f"task {part} ({job.paths.stderr}):\n  " + "\n  ".join(lines[-5:]), file=sys.stderr)
+        return False
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", type=int, required=True, metavar="N")
+    parser.add_argument("--cluster", choices=("auto", "slurm", "local"), default="auto")
+    parser.add_argument("--time", type=int, default=240, metavar="MINUTES", help="of each task (default 240)")
+    parser.add_argument("--cpus-per-task", type=int, default=8, metavar="N", help="on SLURM (default 8)")
+    parser.add_argument("--slurm", type=_option, action="append", default=[], metavar="KEY=VALUE", help="for sbatch")
+    parser.add_argument("--logs", type=Path, default=Path("logs/make-shards"), metavar="DIR")
+    parser.add_argument("words", nargs="+", metavar="-- COMMAND ...", help="of make-shards")
+    return parser
+
+
+def _option(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected KEY=VALUE, e.g. partition=cpu")
+    return key.replace("-", "_"), value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
