@@ -111,25 +111,26 @@ def write_dataset(
     _check_settings(settings, max_rejected, workers, part)
     request = {**source.provenance, **dataclasses.asdict(settings)}
     finished = _finished_index(output, request)
-    if finished is None:
-        _require_free(output, request)
-        with output.reserve(*part):
-            write_file(output, REQUEST_FILE, _request_bytes(request))
-            jobs = (
-                _Job(name, samples, output, settings, source.prepare)
-                for name, samples in _chunks(source.samples, settings.samples_per_shard)
-            )
-            reports, kept, owed = _make_shards(jobs, workers, part)
-            if owed:
-                return Written(None, already_complete=False, shards_kept=kept)
-            with output.merging():
-                finished = _finished_index(output, request)
-                if finished is None:
-                    index = _merge(output, request, reports, source.rejected, max_rejected)
-                    _clean(output)
-                    return Written(index, already_complete=False, shards_kept=kept)
-    _clean(output)
-    return Written(finished, already_complete=True, shards_kept=len(finished.shards))
+    if finished is not None:
+        _clean(output)
+        return Written(finished, already_complete=True, shards_kept=len(finished.shards))
+    _require_free(output, request)
+    with output.reserve(*part):
+        with output.merging():  # parts that start together would write one file aside
+            if output.size(REQUEST_FILE) is None:
+                write_file(output, REQUEST_FILE, _request_bytes(request))
+        jobs = (
+            _Job(name, samples, output, settings, source.prepare)
+            for name, samples in _chunks(source.samples, settings.samples_per_shard)
+        )
+        reports, kept, owed = _make_shards(jobs, workers, part)
+        with output.merging():
+            index = _finished_index(output, request)  # another part may have been the last
+            if index is None and not owed:
+                index = _merge(output, request, reports, source.rejected, max_rejected)
+            if index is not None:
+                _clean(output)
+    return Written(index, already_complete=False, shards_kept=kept)
 
 
 def _check_settings(settings: ShardSettings, max_rejected: float, workers: int, part: tuple[int, int]) -> None:

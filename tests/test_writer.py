@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -83,6 +84,16 @@ def test_any_number_of_workers_or_parts_gives_the_same_bytes(tmp_path: Path) -> 
     assert verify(tmp_path / "1") == []
     reasons = {json.loads(line)["reason"] for line in (tmp_path / "1" / REJECTED_FILE).read_text().splitlines()}
     assert reasons == {"photo can't be decoded", "dead link"}
+
+
+def test_parts_that_run_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    write_dataset(source(60), Folder(tmp_path / "one"), FIVE)
+    for attempt in range(8):
+        many = tmp_path / str(attempt)
+        with ThreadPoolExecutor(6) as pool:  # locks are of open files, so threads stand for processes
+            parts = [pool.submit(write_dataset, source(60), Folder(many), FIVE, part=(part, 6)) for part in range(6)]
+        assert any(part.result().index is not None for part in parts)
+        assert contents(many) == contents(tmp_path / "one")
 
 
 @settings(max_examples=25, deadline=None)
