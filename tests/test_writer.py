@@ -154,18 +154,19 @@ def test_sigkill_at_any_moment_and_again_gives_the_same_bytes(tmp_path: Path) ->
     chance = random.Random(0)
     program = [sys.executable, "-m", "shards.make_shards", *command, "--workers", "2", "--out", str(tmp_path / "out")]
     kills = 0
-    for wait in (chance.uniform(0.3, 3.0) for _ in range(20)):
+    while kills < 15:
         running = subprocess.Popen(
             program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
         try:
-            running.wait(timeout=wait)
+            assert running.wait(timeout=chance.uniform(0.1, 1.2)) == 0
+            assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+            shutil.rmtree(tmp_path / "out")  # and from the start
         except subprocess.TimeoutExpired:
             os.kill(running.pid, signal.SIGKILL)  # the parent only: its workers must end by themselves
             running.wait()
             kills += 1
             wait_for_the_end_of(running.pid)
-    assert kills >= 3
     assert subprocess.run(program, capture_output=True).returncode == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
