@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffcap_dist.data.order import SampleOrder, draw, draw_uniform, evaluation_positions, rank_positions
+from diffcap_dist.data.order import (
+    MixedOrder,
+    SampleOrder,
+    dataset_at,
+    digit_reversal,
+    draw,
+    draw_uniform,
+    evaluation_positions,
+    rank_positions,
+)
 
 COUNTS = st.lists(st.integers(0, 60), min_size=1, max_size=9).filter(lambda counts: sum(counts) > 0)
 UNEVEN = [1, 7, 100, 250, 3, 0, 39]
@@ -44,7 +53,7 @@ def test_epochs_and_seeds_differ() -> None:
 def global_batches(world_size: int, start_step: int, num_steps: int, batch: int = 24) -> str:
     """sha256 of the ordered samples of the global batches, put together from the ranks' own positions."""
     order = SampleOrder(UNEVEN, seed=3, canonical_spans=8, shuffle_window=16)
-    ranks = [rank_positions(start_step * batch, rank, world_size) for rank in range(world_size)]
+    ranks = [rank_positions(start_step * batch, rank, world_size, 8) for rank in range(world_size)]
     digest = hashlib.sha256()
     for _ in range(num_steps):
         positions = sorted(next(rank) for rank in ranks for _ in range(batch // world_size))
@@ -92,4 +101,97 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="canonical_spans"):
         SampleOrder([4], seed=0, canonical_spans=0)
     with pytest.raises(ValueError, match="not a multiple"):
-        next(rank_positions(3, 0, 2))
+        next(rank_positions(3, 0, 2, 8))
+
+
+# ---- locality: what a node reads ----
+
+
+def shards_of_node(order: SampleOrder, node: int, nodes: int, ranks_per_node: int, epoch: int) -> tuple[set[int], int]:
+    """(shards that the node's ranks touch in an epoch, samples that they read)."""
+    world_size = nodes * ranks_per_node
+    start, end = epoch * order.num_samples, (epoch + 1) * order.num_samples
+    start += -start % world_size
+    touched, read = set(), 0
+    for rank in range(node * ranks_per_node, (node + 1) * ranks_per_node):
+        for position in rank_positions(start, rank, world_size, order.canonical_spans):
+            if position >= end:
+                break
+            touched.add(order.sample_at(position).shard)
+            read += 1
+    return touched, read
+
+
+@pytest.mark.parametrize("ranks_per_node", [1, 2, 8])
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_a_node_downloads_its_share_of_the_shards(ranks_per_node: int, epoch: int) -> None:
+    """8 nodes, 128 shards of 30 samples (a number that no world size divides): whole shards are what is downloaded."""
+    order = SampleOrder([30] * 127 + [17], seed=1, shuffle_window=16)
+    for node in range(8):
+        touched, read = shards_of_node(order, node, 8, ranks_per_node, epoch)
+        assert read <= order.num_samples // 8 + ranks_per_node
+        assert len(touched) / 128 <= 1.15 / 8
+
+
+def test_every_position_belongs_to_exactly_one_rank() -> None:
+    for world_size, spans in ((1, 64), (2, 64), (3, 64), (8, 64), (64, 64), (128, 64), (6, 12), (5, 12)):
+        first = sorted(next(rank_positions(0, rank, world_size, spans)) for rank in range(world_size))
+        assert first == list(range(world_size))
+
+
+@given(st.integers(0, 719))
+def test_digit_reversal_is_undone_by_the_factors_in_opposite_order(number: int) -> None:
+    factors = [2, 2, 2, 2, 3, 3, 5]
+    assert digit_reversal(digit_reversal(number, factors), factors[::-1]) == number
+    assert [digit_reversal(i, [2, 2, 2]) for i in range(8)] == [0, 4, 2, 6, 1, 5, 3, 7]
+
+
+def test_a_huge_dataset_is_opened_and_entered_anywhere_at_once() -> None:
+    """100,000 shards, 1e9 samples: no step of it walks over samples, or the test would not end."""
+    order = SampleOrder([10_000] * 100_000, seed=0)
+    for position in (0, order.num_samples * 9 // 10, 7 * order.num_samples + 123):
+        place = order.sample_at(position)
+        assert place.epoch == position // 10**9 and place.sample < 10_000
+
+
+# ---- several datasets ----
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(COUNTS, st.sampled_from([0.25, 0.5, 1.0, 1.7, 3.0])), min_size=1, max_size=4), st.integers(0, 3)
+)
+def test_a_mix_holds_each_dataset_as_often_as_asked(mix: list[tuple[list[int], float]], epoch: int) -> None:
+    orders = [SampleOrder(counts, seed=2, canonical_spans=4, shuffle_window=8) for counts, _ in mix]
+    if any(round(repeat * order.num_samples) < 1 for order, (_, repeat) in zip(orders, mix)):
+        with pytest.raises(ValueError, match="at least one sample"):
+            MixedOrder(orders, [repeat for _, repeat in mix])
+        return
+    mixed = MixedOrder(orders, [repeat for _, repeat in mix])
+    places = [mixed.sample_at(epoch * mixed.num_samples + q) for q in range(mixed.num_samples)]
+    assert {place.epoch for place in places} == {epoch}
+    first_shard = 0
+    for order, share in zip(orders, mixed.shares):
+        own = [p for p in places if first_shard <= p.shard < first_shard + len(order.counts)]
+        expected = [order.sample_at(epoch * share + number) for number in range(share)]
+        assert [(p.shard - first_shard, p.sample) for p in own] == [(p.shard, p.sample) for p in expected]
+        first_shard += len(order.counts)
+
+
+@given(st.lists(st.integers(1, 400), min_size=2, max_size=5), st.data())
+@settings(deadline=None, max_examples=80)
+def test_windows_of_a_mix_hold_the_share_of_each_dataset(shares: list[int], data: st.DataObject) -> None:
+    """Two datasets: any window's counts are those of the shares to within 1. More: each further one adds 1."""
+    total = sum(shares)
+    start = data.draw(st.integers(0, total - 1))
+    end = data.draw(st.integers(start + 1, total))
+    found = [dataset_at(q, shares)[0] for q in range(start, end)]
+    for dataset, share in enumerate(shares):
+        allowed = max(1, min(dataset + 1, len(shares) - 1))
+        assert abs(found.count(dataset) - (end - start) * share / total) <= allowed
+
+
+def test_one_dataset_alone_is_its_own_order() -> None:
+    order = SampleOrder(UNEVEN, seed=4)
+    mixed = MixedOrder([order], [1.0])
+    assert [mixed.sample_at(p) for p in range(900)] == [order.sample_at(p) for p in range(900)]

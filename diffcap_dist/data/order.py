@@ -58,9 +58,10 @@ class SampleOrder:
 
     An epoch permutes the shards, lays their samples in one line, cuts the line into C = ``canonical_spans`` equal
     spans (the first ``N mod C`` are one longer) and shuffles each span in windows of ``shuffle_window`` samples.
-    Position q of the epoch is element ``q // C`` of span ``q mod C``; the last, incomplete row is dealt to the
-    longer spans, so each epoch holds each sample exactly once. A rank of W takes positions p = rank (mod W): where W
-    divides C and C divides N it only ever touches its own spans.
+    Position q of the epoch is element ``q // C`` of the span that slot ``q mod C`` stands for; the last, incomplete row
+    is dealt to the longer spans, so each epoch holds each sample exactly once. Slots stand for spans in digit-reversed
+    order, so that the slots of one residue class mod W are a run of neighbouring spans: with ``rank_positions``, ranks
+    0, 1, 2, ... read the first, second, third W-th of the line, and a node of neighbouring ranks one piece of it.
     """
 
     def __init__(self, counts: Sequence[int], seed: int, canonical_spans: int = 64, shuffle_window: int = 4096) -> None:
@@ -75,6 +76,12 @@ class SampleOrder:
         self.canonical_spans = canonical_spans
         self.shuffle_window = shuffle_window
         self.num_samples = int(self.counts.sum())
+        self._span_of_slot = [digit_reversal(slot, _prime_factors(canonical_spans)) for slot in range(canonical_spans)]
+        length, longer = divmod(self.num_samples, canonical_spans)
+        # The longer spans are those of the first slots, which the last row of an epoch is dealt to.
+        self._span_length = np.full(canonical_spans, length, np.int64)
+        self._span_length[self._span_of_slot[:longer]] += 1
+        self._span_start = np.concatenate([[0], np.cumsum(self._span_length)])
         # Kept per instance (an lru_cache on a method would keep every instance alive).
         self._line = lru_cache(maxsize=2)(self._make_line)
         self._window = lru_cache(maxsize=2 * canonical_spans)(self._make_window)
@@ -84,37 +91,105 @@ class SampleOrder:
         if position < 0:
             raise ValueError(f"position {position} is negative")
         epoch, q = divmod(position, self.num_samples)
-        element, span = divmod(q, self.canonical_spans)
+        element, slot = divmod(q, self.canonical_spans)
+        span = self._span_of_slot[slot]
         window, offset = divmod(element, self.shuffle_window)
-        on_line = self._span_start(span) + window * self.shuffle_window
+        on_line = int(self._span_start[span]) + window * self.shuffle_window
         on_line += int(self._window(epoch, span, window)[offset])
         shard_order, ends = self._line(epoch)
-        slot = int(np.searchsorted(ends, on_line, side="right"))
-        start = int(ends[slot - 1]) if slot else 0
-        return Place(epoch, int(shard_order[slot]), on_line - start)
-
-    def _span_start(self, span: int) -> int:
-        length, longer = divmod(self.num_samples, self.canonical_spans)
-        return span * length + min(span, longer)
+        at = int(np.searchsorted(ends, on_line, side="right"))
+        start = int(ends[at - 1]) if at else 0
+        return Place(epoch, int(shard_order[at]), on_line - start)
 
     def _make_line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         shard_order = np.random.default_rng(draw(self.seed, "shards", epoch)).permutation(len(self.counts))
         return shard_order, np.cumsum(self.counts[shard_order])
 
     def _make_window(self, epoch: int, span: int, window: int) -> np.ndarray:
-        span_length = self._span_start(span + 1) - self._span_start(span)
-        length = min(self.shuffle_window, span_length - window * self.shuffle_window)
+        length = min(self.shuffle_window, int(self._span_length[span]) - window * self.shuffle_window)
         return np.random.default_rng(draw(self.seed, "window", epoch, span, window)).permutation(length)
 
 
-def rank_positions(start: int, rank: int, world_size: int) -> Iterator[int]:
-    """Endless positions of ``rank`` from global position ``start`` (a multiple of world_size) on."""
+class MixedOrder:
+    """Several datasets as one: dataset i gives ``round(repeat_i * samples_i)`` samples to each epoch, spread evenly.
+
+    ``sample_at`` counts shards through all datasets, the first one's first. A dataset goes on where it stopped: with
+    repeat 0.25 its own epoch lasts four of the mix. One dataset at repeat 1 is its ``SampleOrder``.
+    """
+
+    def __init__(self, orders: Sequence[SampleOrder], repeats: Sequence[float]) -> None:
+        self.orders = list(orders)
+        self.shares = [round(repeat * order.num_samples) for order, repeat in zip(orders, repeats, strict=True)]
+        if min(self.shares, default=0) < 1:
+            raise ValueError(f"each dataset of a mix must give at least one sample an epoch; these give {self.shares}")
+        self.num_samples = sum(self.shares)
+        self._first_shard = np.concatenate([[0], np.cumsum([len(order.counts) for order in orders])])
+
+    def sample_at(self, position: int) -> Place:
+        """The place of position >= 0; the epoch is the mix's."""
+        if position < 0:
+            raise ValueError(f"position {position} is negative")
+        epoch, q = divmod(position, self.num_samples)
+        dataset, number = dataset_at(q, self.shares)
+        place = self.orders[dataset].sample_at(epoch * self.shares[dataset] + number)
+        return Place(epoch, int(self._first_shard[dataset]) + place.shard, place.sample)
+
+
+def dataset_at(q: int, shares: Sequence[int]) -> tuple[int, int]:
+    """(dataset, how many of it came before) at position q of an epoch that holds ``shares`` of each.
+
+    The first dataset's samples stand as evenly among all as integers allow (a Bresenham line), those of the second
+    as evenly among the rest, and so on.
+    """
+    total = sum(shares)
+    for dataset, share in enumerate(shares):
+        before = q * share // total
+        if (q + 1) * share // total > before:
+            return dataset, before
+        q, total = q - before, total - share
+    raise AssertionError(f"position beyond the epoch of {shares}")
+
+
+def digit_reversal(number: int, factors: Sequence[int]) -> int:
+    """``number`` with its digits, in the mixed radix of ``factors`` (the lowest first), in opposite order."""
+    reversed_number = 0
+    for factor in factors:
+        number, digit = divmod(number, factor)
+        reversed_number = reversed_number * factor + digit
+    return reversed_number
+
+
+def _prime_factors(number: int) -> list[int]:
+    factors, factor = [], 2
+    while number > 1:
+        while number % factor == 0:
+            factors.append(factor)
+            number //= factor
+        factor += 1
+    return factors
+
+
+def rank_positions(start: int, rank: int, world_size: int, canonical_spans: int) -> Iterator[int]:
+    """Endless positions of ``rank`` from global position ``start`` (a multiple of world_size) on.
+
+    Those of one residue class mod the world size: the one that reads the rank-th part of the line, where the spans can
+    be parted so; else class ``rank``.
+    """
     if start % world_size:
         raise ValueError(f"start position {start} is not a multiple of the number of ranks {world_size}")
-    position = start + rank
+    position = start + _residue(rank, world_size, canonical_spans)
     while True:
         yield position
         position += world_size
+
+
+def _residue(rank: int, world_size: int, canonical_spans: int) -> int:
+    digits, product = [], 1
+    for factor in _prime_factors(canonical_spans):
+        if product < world_size:
+            digits.append(factor)
+            product *= factor
+    return digit_reversal(rank, digits[::-1]) if product == world_size else rank
 
 
 def evaluation_positions(num_samples: int, rank: int, world_size: int) -> range:

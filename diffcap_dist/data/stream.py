@@ -162,10 +162,11 @@ class CaptionStream:
         """Batches of ``batch_size`` photos from ``samples_seen`` on. The reader of batches advances the counter:
         what a worker has fetched ahead is not yet seen."""
         workers = self.config.num_workers
+        positions = rank_positions(self.samples_seen, self.rank, self.world_size, self.config.canonical_spans)
         return iter(
             DataLoader(
                 self.dataset,
-                batch_sampler=_batched(rank_positions(self.samples_seen, self.rank, self.world_size), self.batch_size),  # type: ignore[arg-type]
+                batch_sampler=_batched(positions, self.batch_size),  # type: ignore[arg-type]
                 num_workers=workers,
                 collate_fn=collate,
                 worker_init_fn=reset_in_worker,
