@@ -23,10 +23,19 @@ class ConfigError(ValueError):
 
 
 @dataclass
+class TrainShards:
+    """One dataset of a training mix."""
+
+    shards: str = "???"
+    repeat: float = 1.0  # how often its samples come in an epoch of the mix; 0.25 = a quarter of them
+
+
+@dataclass
 class DataConfig:
     """What is read, and in which order."""
 
-    shards: str = "???"  # folder with index.json, made by make-shards
+    shards: str = "???"  # folder or URL (s3://, https://, ...) with index.json, made by make-shards
+    train: list[TrainShards] = field(default_factory=list)  # several datasets to train on; empty: `shards` alone
     train_split: str = "train"
     val_split: str = "val"
     features: str = ""  # name of the features beside the shards; empty: the encoder runs online
@@ -37,6 +46,11 @@ class DataConfig:
     canonical_spans: int = 64
     shuffle_window: int = 4096
     num_workers: int = 2  # loader processes per rank; 0 = in the rank itself
+    worker_timeout: float = 10.0  # seconds without a batch of local shards before a stalled worker is an error
+    damage: Literal["raise", "replace"] = "raise"  # stop at a damaged sample, or let the next good one stand in
+    max_bad_fraction: float = 0.001  # of the training samples; above it damage stops the run all the same
+    cache: str = ""  # folder for shards from URLs, shared by a node's processes; empty: in the system's scratch folder
+    cache_gb: float = 0.0  # size limit of the cache; 0 = none
 
 
 @dataclass

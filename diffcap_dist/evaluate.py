@@ -124,7 +124,8 @@ def score_table(scores: Mapping[str, Any]) -> str:
 def _reader(captioner: Captioner, split: str, encoder: ImageEncoder | None) -> ShardReader:
     config = captioner.config
     transform = encoder.transform if encoder is not None else None
-    return ShardReader(Path(config.data.shards), split, config.data.features, config.encoder.patches, transform)
+    data = config.data
+    return ShardReader(data.shards, split, data.features, config.encoder.patches, transform, data.cache, data.cache_gb)
 
 
 def _batches(photos: Iterator[Photo], size: int) -> Iterator[list[Photo]]:

@@ -25,7 +25,8 @@ from PIL import Image
 
 from diffcap_dist.config import Config
 from diffcap_dist.data.photo import upright_rgb
-from diffcap_dist.data.shard_format import ShardIndex, atomic_write, open_shard
+from diffcap_dist.data.shard_format import atomic_write
+from diffcap_dist.data.shard_store import ShardStore
 from diffcap_dist.evaluation.scene_facts import Scene, judge
 from diffcap_dist.run_dir import RunDir
 
@@ -106,7 +107,7 @@ def read_run(run: RunDir) -> RunData:
     shown = {*spread(list(predictions), NUM_GALLERY), *(entry["key"] for entry in emergences)}
     samples: dict[str, Sample] = {}
     try:
-        samples = read_samples(Path(config.data.shards), split, shown) if shown else {}
+        samples = read_samples(_store(config), split, shown) if shown else {}
     except ValueError as error:
         missing["pictures"] = f"The pictures could not be read: {error}."
     return RunData(
@@ -124,17 +125,22 @@ def read_run(run: RunDir) -> RunData:
     )
 
 
+def _store(config: Config) -> ShardStore:
+    data = config.data
+    return ShardStore(data.shards, Path(data.cache) if data.cache else None, int(data.cache_gb * 1e9) or None)
+
+
 def last_of_each_step(records: Iterable[Mapping[str, Any]], kind: str) -> list[dict[str, Any]]:
     """Records of one kind by step; a resumed run logs a step twice, and the last line counts."""
     by_step = {record["step"]: dict(record) for record in records if record.get("kind") == kind}
     return [by_step[step] for step in sorted(by_step)]
 
 
-def read_samples(directory: Path, split: str, keys: set[str]) -> dict[str, Sample]:
+def read_samples(store: ShardStore, split: str, keys: set[str]) -> dict[str, Sample]:
     """Pictures, captions and scenes of ``keys``. Raises ValueError naming the keys that the split does not have."""
     found: dict[str, Sample] = {}
-    for info in ShardIndex.load(directory).split(split):
-        shard = open_shard(directory, info)
+    for info in store.index.split(split):
+        shard = store.open(info)
         for number in range(len(shard)):
             if (key := shard.key(number)) in keys:
                 record, data = shard.record(number), shard.image_bytes(number)
@@ -142,7 +148,7 @@ def read_samples(directory: Path, split: str, keys: set[str]) -> dict[str, Sampl
         shard.close()
     if lost := sorted(keys - found.keys()):
         raise ValueError(
-            f"{len(lost)} captioned photos, such as {lost[0]!r}, are not in split {split!r} of {directory}"
+            f"{len(lost)} captioned photos, such as {lost[0]!r}, are not in split {split!r} of {store.where}"
         )
     return found
 

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from diffcap_dist.config import Config, load_config
 from diffcap_dist.data.captions import CaptionTokenizer
-from diffcap_dist.data.stream import Batch, CaptionStream, ShardReader, all_records
+from diffcap_dist.data.shard_format import ShardDamage
+from diffcap_dist.data.stream import Batch, CaptionStream, Damage, ShardReader, all_records
 from diffcap_dist.diffusion.objective import DiffusionObjective, Draws
 from diffcap_dist.evaluation.captioner import Captioner, export_captioner, feature_identity
 from diffcap_dist.evaluation.validation import Validation
@@ -45,6 +46,10 @@ from diffcap_dist.training.learning_rate import learning_rate
 from diffcap_dist.training.preemption import StopFlag
 
 log = logging.getLogger("diffcap")
+
+
+class TooMuchDamage(RuntimeError):
+    """More of the training samples are damaged than data.max_bad_fraction; the last good checkpoint is kept."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -138,11 +143,11 @@ class Trainer:
         started = time.perf_counter() - self.state.seconds
         with self._progress_bar() as bar:
             while self.state.step < training.num_steps:
-                terms, grad_norm = self._step(batches)
+                terms, grad_norm, damages = self._step(batches)
                 self.state.step += 1
                 self.state.samples_seen += self.split.total
                 self.state.seconds = time.perf_counter() - started
-                stopped_by = self._agree_to_go_on(terms)
+                stopped_by = self._agree_to_go_on(terms, damages, bar)
                 step, last = self.state.step, self.state.step == training.num_steps
                 if step % training.log_every == 0 or last:
                     self.metrics.training(self.state, terms, grad_norm, self._rate(step - 1), bar)
@@ -157,17 +162,22 @@ class Trainer:
                     return
         if self.ranks.is_first:
             log.info("trained to step %d; captioner in %s", self.state.step, self.run_dir.export)
+            if bad := self.state.bad_samples:
+                log.info("damaged, others stood in for them: %d samples: %s", sum(bad.values()), ", ".join(bad))
 
-    def _step(self, batches: Iterator[Batch]) -> tuple[dict[str, float], float]:
-        """One optimizer step over the accumulated micro batches: (mean loss terms of this rank, gradient norm)."""
+    def _step(self, batches: Iterator[Batch]) -> tuple[dict[str, float], float, list[Damage]]:
+        """One optimizer step over the accumulated micro batches: (mean loss terms of this rank, gradient norm, what of
+        its samples was damaged)."""
         config, step = self.config, self.state.step
         self.engine.train()
         set_learning_rate(self.engine, self._rate(step))
         if config.model.dropout:  # the only randomness that is not a function of the position
             torch.manual_seed(hash((config.seed, step, self.ranks.rank)) & 0x7FFFFFFF)
         sums: dict[str, torch.Tensor] = {}
+        damages: list[Damage] = []
         for _ in range(self.split.accumulation):
             batch = next(batches)
+            damages += batch.damages
             terms = self.engine(batch.ids_NCL.to(self.ranks.device), self._features(batch), self._draws(batch, step))
             self.engine.backward(terms["loss"])
             self.engine.step()  # updates at the last micro batch only
@@ -176,7 +186,7 @@ class Trainer:
         self.ema.update(step)
         grad_norm = self.engine.get_global_grad_norm()
         means = {name: (total / self.split.accumulation).item() for name, total in sums.items()}
-        return means, float(grad_norm) if grad_norm is not None else math.nan
+        return means, float(grad_norm) if grad_norm is not None else math.nan, damages
 
     def _features(self, batch: Batch) -> ImageFeatures:
         if self.data.encoder is not None:
@@ -193,16 +203,33 @@ class Trainer:
         shape = (denoiser.max_length, denoiser.embedding_dim)
         return Draws.at(batch.positions, rows, shape, config.seed, step, config.diffusion, self.ranks.device)
 
-    def _agree_to_go_on(self, terms: dict[str, float]) -> str | None:
-        """Every rank learns of any rank's signal or NaN at this step boundary; NonFiniteLoss on all of them."""
-        flags = [float(self.stop.requested is not None), float(not math.isfinite(terms["loss"]))]
-        stop, not_finite = distributed.largest(flags, self.ranks.device)
+    def _agree_to_go_on(self, terms: dict[str, float], damages: list[Damage], bar: tqdm) -> str | None:
+        """Every rank learns of any rank's signal, NaN or damage at this step boundary; errors are on all of them."""
+        flags = [self.stop.requested is not None, not math.isfinite(terms["loss"]), bool(damages)]
+        stop, not_finite, damaged = distributed.largest([float(flag) for flag in flags], self.ranks.device)
+        if damaged:
+            self._note([damage for some in distributed.gather(damages) for damage in some], bar)
         if not_finite:
             raise NonFiniteLoss(
                 f"the loss is not finite at step {self.state.step}. The last checkpoint in {self.run_dir.checkpoints} "
                 "is good; lower optimizer.learning_rate or optimizer.max_grad_norm, or set training.precision=fp32"
             )
         return (self.stop.requested or "a signal to another rank") if stop else None
+
+    def _note(self, damages: list[Damage], bar: tqdm) -> None:
+        """Count, log and bound the samples that others stood in for."""
+        self.state.bad_samples |= {damage.key: damage.samples for damage in damages}
+        for damage in damages if self.ranks.is_first else []:
+            self.run_dir.log({"kind": "damage", "step": self.state.step, **damage._asdict()})
+            bar.write(f"damaged, another sample stands in: {damage.key}: {damage.found}")
+        bad, total = sum(self.state.bad_samples.values()), sum(self.data.train.counts)
+        limit = self.config.data.max_bad_fraction
+        if bad > limit * total:
+            raise TooMuchDamage(
+                f"{bad} of {total} training samples are damaged, more than data.max_bad_fraction={limit:g}: "
+                f"{', '.join(list(self.state.bad_samples)[:10])}. All that were met are in {self.run_dir.metrics}. "
+                "Find the others with `make-shards verify`, and fetch or make those shards again"
+            )
 
     def _validate(self, bar: tqdm) -> None:
         self.engine.eval()
@@ -319,10 +346,11 @@ def build_data(config: Config, run_dir: RunDir, ranks: Ranks) -> Data:
     if not data.features:
         encoder = ImageEncoder(config.encoder.name, config.encoder.pretrained).to(ranks.device)
     transform = encoder.transform if encoder else None
-    directory = Path(data.shards)
+    seen = (data.features, config.encoder.patches, transform, data.cache, data.cache_gb)
+    train_shards = [one.shards for one in data.train] or data.shards
     readers = [
-        ShardReader(directory, split, data.features, config.encoder.patches, transform)
-        for split in (data.train_split, data.val_split)
+        ShardReader(train_shards, data.train_split, *seen),
+        ShardReader(data.shards, data.val_split, *seen),
     ]
     info = readers[0].feature_info
     if encoder is not None:
@@ -343,8 +371,11 @@ def build_tokenizer(config: Config, reader: ShardReader, run_dir: RunDir, ranks:
     """The tokenizer of the run: made or fetched by rank 0 at the first start, then read from the run directory."""
     if ranks.is_first and not (run_dir.tokenizer / "tokenizer.json").exists():
         if config.data.tokenizer == "words":
-            captions = (caption for _, record in all_records(reader) for caption in record["captions"])
+            damages: list[ShardDamage] | None = [] if config.data.damage == "replace" else None
+            captions = (caption for _, record in all_records(reader, damages) for caption in record["captions"])
             tokenizer = CaptionTokenizer.from_captions(captions, config.data.min_word_count)
+            for damage in damages or []:
+                log.info("not in the vocabulary, for it is damaged: %s", damage)
         else:
             tokenizer = CaptionTokenizer.load(config.data.tokenizer)
         tokenizer.save(run_dir.tokenizer)

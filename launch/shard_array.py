@@ -61,7 +61,7 @@ def _succeeded(part: int, job: submitit.Job[None]) -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", type=int, required=True, metavar="N")
+    parser.add_argument("--tasks", type=_count, required=True, metavar="N")
     parser.add_argument("--cluster", choices=("auto", "slurm", "local"), default="auto")
     parser.add_argument("--time", type=int, default=240, metavar="MINUTES", help="of each task (default 240)")
     parser.add_argument("--cpus-per-task", type=int, default=8, metavar="N", help="on SLURM (default 8)")
@@ -69,6 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--logs", type=Path, default=Path("logs/make-shards"), metavar="DIR")
     parser.add_argument("words", nargs="+", metavar="-- COMMAND ...", help="of make-shards")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of tasks, 1 or more")
+    return int(text)
 
 
 def _option(text: str) -> tuple[str, str]:

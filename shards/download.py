@@ -33,6 +33,11 @@ BLANK_CAPTION, URL_AGAIN = "blank caption", "url comes again"
 DEAD_LINK, SERVER_ERROR, TIMED_OUT = "dead link", "server error", "timed out"
 CONNECTION_FAILED, SHORT_BODY = "connection failed", "short body"
 OPTED_OUT, TOO_LARGE, NOT_AN_IMAGE = "opted out", "too large", "not an image"
+HOST_SILENT = "host does not answer"
+FAILURES = frozenset(
+    {DEAD_LINK, SERVER_ERROR, TIMED_OUT, CONNECTION_FAILED, SHORT_BODY, OPTED_OUT, TOO_LARGE, NOT_AN_IMAGE, HOST_SILENT}
+)
+SILENT_AFTER = 4  # attempts at a host in a row without any answer: the rest of its urls is not tried in this run
 
 # A fixed number, not the samples of a shard: another --samples-per-shard finds everything in its place again.
 URLS_PER_STORE = 1000
@@ -81,7 +86,8 @@ def url_list(files: list[tuple[str, Path]], downloads: Path, limits: Limits, ret
     provenance = {"command": "urls", "files": [{"split": split, "sha256": file_sha256(path)} for split, path in files]}
     downloads.mkdir(parents=True, exist_ok=True)
     prepare = functools.partial(download, limits=limits, retry_failed=retry_failed)
-    return Source(_samples(readers, downloads, rejected), rejected, provenance, [], prepare)
+    retried = FAILURES if retry_failed else frozenset()
+    return Source(_samples(readers, downloads, rejected), rejected, provenance, [], prepare, retried)
 
 
 # ---- rows ----
@@ -371,7 +377,9 @@ def _require_network(store: _Store) -> None:
     """A machine without network must not put down a whole list as dead. It looks at all of the store: the last
     urls after an interruption may well be those of the slow and the dead."""
     hosts = {_host(url) for url in store.entries}
-    reached = any(entry.get("reason") not in (CONNECTION_FAILED, TIMED_OUT) for entry in store.entries.values())
+    reached = any(
+        entry.get("reason") not in (CONNECTION_FAILED, TIMED_OUT, HOST_SILENT) for entry in store.entries.values()
+    )
     if len(hosts) >= NO_NETWORK_HOSTS and not reached:
         url, entry = next(iter(store.entries.items()))
         store.forget()
@@ -384,7 +392,7 @@ def _require_network(store: _Store) -> None:
 async def _download_all(urls: list[str], store: _Store, limits: Limits) -> None:
     connector = aiohttp.TCPConnector(limit=limits.connections, limit_per_host=limits.per_host)
     connections = asyncio.Semaphore(limits.connections)
-    hosts: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(limits.per_host))
+    hosts: dict[str, _Host] = defaultdict(lambda: _Host(asyncio.Semaphore(limits.per_host)))
     async with aiohttp.ClientSession(
         connector=connector,
         headers=HEADERS,
@@ -401,22 +409,33 @@ def _host(url: str) -> str:
     return urlsplit(url).hostname or ""
 
 
+@dataclasses.dataclass
+class _Host:
+    places: asyncio.Semaphore
+    unanswered: int = 0  # attempts in a row
+
+
 async def _store_one(
     session: aiohttp.ClientSession,
     url: str,
     store: _Store,
     limits: Limits,
-    host: asyncio.Semaphore,
+    host: _Host,
     connections: asyncio.Semaphore,
 ) -> None:
     """All attempts at one url. It keeps its place at the host while it waits: a host in trouble gets less to do."""
-    async with host:
+    async with host.places:
         for attempt in range(1, limits.attempts + 1):
+            if host.unanswered >= SILENT_AFTER:
+                return store.add_failed(url, HOST_SILENT, f"{host.unanswered} attempts without an answer", attempt - 1)
             try:
                 async with connections:
                     data = await _request(session, url, limits)
+                host.unanswered = 0
                 return store.add(url, data, attempt)
             except _Failed as failure:
+                silent = failure.reason in (TIMED_OUT, CONNECTION_FAILED)
+                host.unanswered = host.unanswered + 1 if silent else 0
                 wait = max(failure.wait, _backoff(url, attempt, limits))
                 if not failure.may_pass or attempt == limits.attempts or failure.wait > limits.max_wait_seconds:
                     return store.add_failed(url, failure.reason, failure.detail, attempt)

@@ -7,6 +7,7 @@ registered ones. N samples, B of them at a time, F feature width, P patches, V w
 """
 
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import io
@@ -22,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -38,6 +40,7 @@ from diffcap_dist.data.shard_format import (
     file_sha256,
     open_shard,
 )
+from shards.output import UNFINISHED, file_lock
 from shards.sources import npz_names, path_id_of, photo_id_of
 from shards.workers import end_with_parent
 
@@ -170,17 +173,20 @@ class _Rows:
 
 def import_npz(directory: Path, npz: Path, feature_name: str) -> Registered:
     """Features from a file with `names` (photo ids or file names) and one 2-d float array."""
-    return _import(directory, feature_name, _npz_rows(npz, directory))
+    _check_name(feature_name)
+    with _alone(directory, feature_name):
+        return _import(directory, feature_name, _npz_rows(npz, directory))
 
 
 def import_npy_dir(directory: Path, folder: Path, feature_name: str) -> Registered:
     """Features from a folder with one PHOTO.npy for each photo (its id or file name): (F,), or patches (P, F),
     whose mean becomes the pooled features."""
-    return _import(directory, feature_name, _npy_rows(folder))
+    _check_name(feature_name)
+    with _alone(directory, feature_name):
+        return _import(directory, feature_name, _npy_rows(folder))
 
 
 def _import(directory: Path, feature_name: str, rows: _Rows) -> Registered:
-    _check_name(feature_name)
     index = ShardIndex.load(directory)
     first_photo = _require_complete(directory, index, rows)
     shape = _read_row(rows, first_photo, None).shape
@@ -374,7 +380,7 @@ def compute(
     from diffcap_dist.model.image_encoder import ImageEncoder
 
     workers = _check_workers(workers, torch.cuda.device_count())
-    index = ShardIndex.load(directory)
+    ShardIndex.load(directory)  # before seconds go into the encoder
     encoder = ImageEncoder(encoder_name, pretrained)
     _check_name(encoder.name)
     info = FeatureInfo(
@@ -386,21 +392,24 @@ def compute(
         preprocessing=encoder.preprocessing,
         files={},
     )
-    progress = directory / f"{info.name}.unfinished.jsonl"
-    if _is_registered(index, info):
+    with _alone(directory, info.name):
+        return _compute(
+            _Job(directory, encoder_name, pretrained, info, max(1, _num_cores() // workers)), encoder, workers
+        )
+
+
+def _compute(job: _Job, encoder: "ImageEncoder", workers: int) -> Registered:
+    index = ShardIndex.load(job.directory)
+    progress = job.directory / f"{job.info.name}.unfinished.jsonl"
+    if _is_registered(index, job.info):
         progress.unlink(missing_ok=True)  # killed between the last two steps
-        return Registered(index.features[info.name], None, already_complete=True)
-    there = index.features.get(info.name)
-    job = _Job(
-        directory,
-        encoder_name,
-        pretrained,
-        info if there is None else dataclasses.replace(info, files=there.files),
-        decoders=max(1, _num_cores() // workers),
-    )
+        return Registered(index.features[job.info.name], None, already_complete=True)
+    there = index.features.get(job.info.name)
+    if there is not None:
+        job = dataclasses.replace(job, info=dataclasses.replace(job.info, files=there.files))
     files, kept = _encode_all(job, encoder, index.shards, workers, progress)
-    info = dataclasses.replace(info, files={shard.name: files[shard.name] for shard in index.shards})
-    measured = _register(directory, info)
+    info = dataclasses.replace(job.info, files={shard.name: files[shard.name] for shard in index.shards})
+    measured = _register(job.directory, info)
     progress.unlink()
     return Registered(info, measured, shards_kept=kept)
 
@@ -702,10 +711,15 @@ def _write_arrays(
     return files
 
 
+def _alone(directory: Path, feature_name: str) -> AbstractContextManager[object]:
+    """Two runs may write different features of one dataset, not the same ones."""
+    ShardIndex.load(directory)  # before anything is made in a folder that is no dataset
+    return file_lock(directory / UNFINISHED / f"lock-features-{feature_name}", fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def _register(directory: Path, info: FeatureInfo) -> Alignment | None:
     """Enter the features in index.json, unless they don't fit the captions."""
-    index = ShardIndex.load(directory)
-    measured = _measure(directory, index, info)
+    measured = _measure(directory, ShardIndex.load(directory), info)
     if measured is not None and not measured.fits:
         raise ValueError(
             f"features {info.name!r} don't fit the captions: words predicted from a photo's features agree "
@@ -714,6 +728,8 @@ def _register(directory: Path, info: FeatureInfo) -> Alignment | None:
             f"{MIN_ALIGNMENT_MARGIN} between the two). "
             "Rows are swapped or shifted, or the features say nothing of the photos. They were not registered"
         )
-    index.features[info.name] = info
-    index.save(directory)
+    with file_lock(directory / UNFINISHED / "lock-features", fcntl.LOCK_EX):
+        index = ShardIndex.load(directory)  # as it is now: others may have been entered meanwhile
+        index.features[info.name] = info
+        index.save(directory)
     return measured

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import tarfile
+import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -32,13 +33,15 @@ from diffcap_dist.data.shard_format import (
     member_index_path,
     tar_path,
 )
+from shards.output import UNFINISHED
 from shards.workers import in_processes
-from shards.writer import REJECTED_FILE, UNFINISHED, Rejected, count_by_reason
+from shards.writer import REJECTED_FILE, Rejected, count_by_reason, counts_of, rejected_lines
 
 NO_IMAGE, NO_CAPTION, BAD_RECORD = "no photo", "no caption", "captions can't be read"
 CHUNK = 1 << 20
 MAX_TEXT = 64 << 20  # bytes of a json or txt member, or of a header: more is no caption, and would fill the memory
-SECONDS_WITHOUT_DATA = 60  # of a URL, then it is given up
+SECONDS_WITHOUT_DATA = 60  # of a URL, then it is tried again
+ATTEMPTS = 3
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 # The key is all up to the first dot of the file name, as webdataset has it.
 MEMBER_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
@@ -93,7 +96,7 @@ def index_tars(
     directory, tars = tars_to_index(places, out, split)
     directory.mkdir(parents=True, exist_ok=True)
     scanned = []
-    for one in in_processes(partial(scan_tar, directory), tars, workers):
+    for one in in_processes(partial(scan_tar_patiently, directory), tars, workers):
         scanned.append(one)
         if progress is not None:
             progress(one.info.bytes)
@@ -101,8 +104,7 @@ def index_tars(
     kept = [one for one in scanned if one.info.samples]
     if not kept:
         raise ValueError(f"no sample is left of {len(tars)} tars; left out: {count_by_reason(rejected)}")
-    lines = [json.dumps(dataclasses.asdict(one), ensure_ascii=False) + "\n" for one in rejected]
-    atomic_write(directory / REJECTED_FILE, "".join(lines).encode())
+    atomic_write(directory / REJECTED_FILE, rejected_lines(rejected))
     index = ShardIndex([one.info for one in kept], {}, _provenance(kept, rejected, split))
     index.save(directory)
     empty = [one.info.name for one in scanned if not one.info.samples]
@@ -189,6 +191,16 @@ def _split_of(name: str) -> str:
 
 
 # ---- one tar ----
+
+
+def scan_tar_patiently(directory: Path, tar: Tar) -> Scanned:
+    """A tar at a URL is read again from its start where the network failed."""
+    for attempt in range(1, ATTEMPTS if tar.remote else 1):
+        try:
+            return scan_tar(directory, tar)
+        except Unreachable:
+            time.sleep(2.0**attempt)
+    return scan_tar(directory, tar)
 
 
 def scan_tar(directory: Path, tar: Tar) -> Scanned:
@@ -297,6 +309,10 @@ class BadTar(ValueError):
     """A tar that can't be indexed; `key` is None when no one sample is to blame."""
 
 
+class Unreachable(BadTar):
+    """The network's fault, perhaps: another attempt may succeed."""
+
+
 def _refusal(place: str, offset: int, key: str | None, found: str) -> BadTar:
     where = place if key is None else f"{place}: sample {key}"
     return BadTar(f"{where}: found at byte {offset}: {found}. Make this tar again, or leave it out")
@@ -362,7 +378,7 @@ class _Reader:
             return self._file.read(size)
         except Exception as error:  # remote file systems raise errors of many families
             what = f"bytes that can't be read ({type(error).__name__}: {error})"
-            raise _refusal(self.place, self.position, None, what) from error
+            raise Unreachable(str(_refusal(self.place, self.position, None, what))) from error
 
 
 def _open(tar: Tar) -> BinaryIO:
@@ -382,15 +398,11 @@ def _open(tar: Tar) -> BinaryIO:
     except ImportError as error:
         raise ValueError(f"{tar.place}: {error}") from error
     except Exception as error:  # as in _Reader
-        raise BadTar(f"{tar.place} can't be opened ({type(error).__name__}: {error})") from error
+        lost = isinstance(error, (FileNotFoundError, PermissionError))
+        kind = BadTar if lost else Unreachable
+        raise kind(f"{tar.place} can't be opened ({type(error).__name__}: {error})") from error
 
 
 def _provenance(kept: list[Scanned], rejected: list[Rejected], split: str | None) -> dict[str, Any]:
-    counts = {
-        "photos": sum(one.info.samples for one in kept),
-        "captions": sum(one.captions for one in kept),
-        "rejected_photos": sum(one.photos for one in rejected),
-        "rejected_captions": sum(one.captions for one in rejected),
-        "rejected": count_by_reason(rejected),
-    }
+    counts = counts_of([one.info for one in kept], sum(one.captions for one in kept), rejected)
     return {"request": {"command": "index", "split": split}, "counts": counts}

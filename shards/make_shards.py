@@ -139,7 +139,7 @@ def _add_index(commands: Any) -> None:
 
 def _add_features(commands: Any) -> None:
     features = commands.add_parser("features", help="compute or import features of a dataset")
-    features.add_argument("directory", type=Path, metavar="DIR")
+    features.add_argument("directory", type=_local, metavar="DIR")
     source = features.add_mutually_exclusive_group(required=True)
     source.add_argument("--encoder", metavar="NAME", help="an open_clip model, hub id or local folder")
     source.add_argument("--npz", type=Path, metavar="FILE", help="import: names + array")
@@ -164,13 +164,19 @@ def _add_inspection(commands: Any) -> None:
     show.add_argument("--split", metavar="NAME", help="default: all splits")
     show.set_defaults(run=run_show)
     for parser in (verify, info, show):
-        parser.add_argument("directory", type=Path, metavar="DIR")
+        parser.add_argument("directory", type=_local, metavar="DIR")
     for parser in (verify, info):
         parser.add_argument("--workers", type=int, default=_num_cores(), metavar="N", help="default: all cores")
 
 
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0))
+
+
+def _local(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is not on this machine: copy the dataset here first")
+    return Path(text)
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -365,7 +371,8 @@ def _report_written(written: Written, arguments: argparse.Namespace, seconds: fl
     index = written.index
     if index is None:
         number, count = arguments.part
-        print(f"part {number} of {count} is done ({seconds:.1f} s); the part that is last writes the index")
+        kept = f", {written.shards_kept} shards were complete and are kept" if written.shards_kept else ""
+        print(f"part {number} of {count} is done{kept} ({seconds:.1f} s); the part that is last writes the index")
         return
     counts = index.provenance["counts"]
     if written.already_complete:

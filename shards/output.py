@@ -10,13 +10,15 @@ import contextlib
 import errno
 import fcntl
 import io
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from diffcap_dist.data.shard_format import NewFile
 
+UNFINISHED = "unfinished"  # the folder of what is not done yet: requests, reports, locks
 CODE_FOLDERS = ("diffcap_dist", "shards", "launch", "configs", "benchmarks", "tests", "docs")
 NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -30,7 +32,7 @@ class Output(Protocol):
 
     def __str__(self) -> str: ...
     def size(self, name: str) -> int | None: ...
-    def read(self, name: str) -> bytes: ...
+    def read(self, name: str) -> bytes: ...  # FileNotFoundError where it isn't
     def create(self, name: str) -> contextlib.AbstractContextManager[Write]: ...
     def names(self) -> list[str]: ...
     def delete(self, names: list[str]) -> None: ...
@@ -104,34 +106,66 @@ class Folder:
 
     @contextlib.contextmanager
     def reserve(self, part: int, num_parts: int) -> Iterator[None]:
-        """Held while a run writes: a whole run alone, the parts of an array beside each other."""
-        alone = fcntl.LOCK_EX if num_parts == 1 else fcntl.LOCK_SH
-        own = f"lock-{part}-of-{num_parts}"
-        with self._lock("lock", alone | fcntl.LOCK_NB), self._lock(own, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        """Held while a run writes: a whole run alone, the parts of one array beside each other."""
+        folder, array = self.path / UNFINISHED, self.path / UNFINISHED / "parts"
+        with contextlib.ExitStack() as held:
+            with self.merging():
+                try:
+                    lock = held.enter_context(file_lock(folder / "lock", fcntl.LOCK_EX | fcntl.LOCK_NB))
+                    array.write_text(str(num_parts))
+                except Busy:
+                    if num_parts == 1 or array.read_text() != str(num_parts):
+                        raise
+                    lock = held.enter_context(file_lock(folder / "lock", fcntl.LOCK_SH | fcntl.LOCK_NB))
+                if num_parts > 1:
+                    fcntl.flock(lock, fcntl.LOCK_SH)
+            held.enter_context(file_lock(folder / f"lock-{part}", fcntl.LOCK_EX | fcntl.LOCK_NB))
             yield
 
     @contextlib.contextmanager
     def merging(self) -> Iterator[None]:
         """Held by the one part that writes the index; the others wait."""
-        with self._lock("lock-merge", fcntl.LOCK_EX):
+        with file_lock(self.path / UNFINISHED / "lock-merge", fcntl.LOCK_EX):
             yield
 
-    @contextlib.contextmanager
-    def _lock(self, name: str, kind: int) -> Iterator[None]:
-        path = self.path / "unfinished" / name
+
+class Busy(ValueError):
+    """Another run holds the lock."""
+
+
+@contextlib.contextmanager
+def file_lock(path: Path, kind: int) -> Iterator[IO[str]]:
+    """flock on a file made for it, which goes when its last holder does. Raises Busy where it may not wait."""
+    while True:
         with _writing(str(path.parent)):
             path.parent.mkdir(parents=True, exist_ok=True)
+        try:
             file = path.open("w")
-        with file:
-            try:
-                fcntl.flock(file, kind)
-            except BlockingIOError as error:
-                raise ValueError(f"another run is writing {self.path} now. Wait for it, or stop it") from error
-            except OSError as error:
-                if error.errno not in NO_LOCKS_HERE:
-                    raise
-                print(f"note: {self.path} has no file locks: let no second run write it", file=sys.stderr)
-            yield
+        except FileNotFoundError:  # the folder went with its last lock
+            continue
+        except OSError as error:
+            raise _cannot_write(str(path), error) from error
+        try:
+            fcntl.flock(file, kind)
+        except BlockingIOError as error:
+            file.close()
+            raise Busy(f"another run is writing {path.parent.parent} now. Wait for it, or stop it") from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS_HERE:
+                raise
+            print(f"note: {path.parent} has no file locks: let no second run write it", file=sys.stderr)
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                break
+        file.close()  # what was locked is no longer there: its holder took it away
+    try:
+        yield file
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+            path.parent.rmdir()
+        file.close()
 
 
 class Store:
@@ -155,7 +189,7 @@ class Store:
 
     def read(self, name: str) -> bytes:
         filesystem, path = self._filesystem()
-        with _writing(f"{self.url}/{name}"):
+        with _writing(f"{self.url}/{name}", passed=FileNotFoundError):
             return filesystem.cat_file(f"{path}/{name}")
 
     @contextlib.contextmanager
@@ -204,9 +238,11 @@ def write_file(output: Output, name: str, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _writing(where: str) -> Iterator[None]:
+def _writing(where: str, passed: type[Exception] | tuple[()] = ()) -> Iterator[None]:
     try:
         yield
+    except passed:
+        raise
     except Exception as error:  # disks give OSErrors; each store has errors of its own: boto, google and HTTP ones
         raise _cannot_write(where, error) from error
 

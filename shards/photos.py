@@ -25,6 +25,7 @@ UNDECODABLE, TOO_SMALL, TOO_LARGE = "photo can't be decoded", "photo too small",
 WRONG_FORMAT, ANIMATED, SIXTEEN_BIT = "photo of another format", "animated picture", "16-bit picture"
 
 EXIF_ORIENTATION = 0x0112
+PNG_BIT_DEPTH = 24  # its byte in the header: PIL cuts 16-bit colours to 8 without a word
 # JPEG (ITU-T T.81, annex B): markers that are followed by a length, and those that may stand within a scan.
 _EOI, _SOS, _DHT, _DQT, _APP1 = 0xD9, 0xDA, 0xC4, 0xDB, 0xE1
 _BASELINE = (0xC0, 0xC1)
@@ -101,7 +102,7 @@ def _open(data: bytes, min_side: int) -> Image.Image:
     _check_size(*image.size, min_side)
     if frames > 1 and image.format != "MPO":
         raise UnusablePhoto(ANIMATED, f"{image.format} of {frames} frames")
-    if image.mode.startswith(SIXTEEN_BIT_MODES):
+    if image.mode.startswith(SIXTEEN_BIT_MODES) or (image.format == "PNG" and data[PNG_BIT_DEPTH] == 16):
         raise UnusablePhoto(SIXTEEN_BIT, f"{image.format} of mode {image.mode}")
     return image
 

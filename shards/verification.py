@@ -63,7 +63,9 @@ def _files_of(directory: Path, info: ShardInfo) -> list[Path]:
 def _features_of(index: ShardIndex, shard_name: str) -> list[FeatureInfo]:
     """The features with this shard's files only: all files of all shards are too much for each job."""
     return [
-        dataclasses.replace(feature, files={name: files for name, files in feature.files.items() if name == shard_name})
+        dataclasses.replace(
+            feature, files={name: feature.files[name] for name in [shard_name] if name in feature.files}
+        )
         for feature in index.features.values()
     ]
 

@@ -22,13 +22,13 @@ import numpy as np
 from tqdm import tqdm
 
 from diffcap_dist.data.shard_format import INDEX_FILE, TAR_BLOCK, Member, MemberIndex, ShardIndex, ShardInfo, safe_key
-from shards.output import Output, Write, write_file
+from shards.output import UNFINISHED, Output, Write, write_file
 from shards.photos import StoredPhoto, UnusablePhoto, check_photo, shrink_photo
 from shards.workers import in_processes
 
-UNFINISHED = "unfinished"  # the folder of a run that hasn't reached its index.json: its request, a report per shard
 REQUEST_FILE = f"{UNFINISHED}/request.json"
 REJECTED_FILE = "rejected.jsonl"
+FLUSH_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +74,7 @@ class Source:
     provenance: dict[str, Any]  # arguments and hashes of what was read: equal for equal datasets
     notes: list[str]
     prepare: Callable[[list[RawSample]], None] | None = None  # once per shard, in its worker, first
+    retried: frozenset[str] = frozenset()  # reasons: finished shards with such rejections are made again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,25 +112,27 @@ def write_dataset(
     _check_settings(settings, max_rejected, workers, part)
     request = {**source.provenance, **dataclasses.asdict(settings)}
     finished = _finished_index(output, request)
-    if finished is not None:
-        _clean(output)
-        return Written(finished, already_complete=True, shards_kept=len(finished.shards))
-    _require_free(output, request)
+    if finished is None:
+        _require_free(output, request)
     with output.reserve(*part):
         with output.merging():  # parts that start together would write one file aside
+            finished = _finished_index(output, request)
+            if finished is not None:
+                _clean(output, finished)
+                return Written(finished, already_complete=True, shards_kept=len(finished.shards))
             if output.size(REQUEST_FILE) is None:
                 write_file(output, REQUEST_FILE, _request_bytes(request))
         jobs = (
             _Job(name, samples, output, settings, source.prepare)
             for name, samples in _chunks(source.samples, settings.samples_per_shard)
         )
-        reports, kept, owed = _make_shards(jobs, workers, part)
+        reports, kept, owed = _make_shards(jobs, workers, part, source.retried)
         with output.merging():
             index = _finished_index(output, request)  # another part may have been the last
             if index is None and not owed:
                 index = _merge(output, request, reports, source.rejected, max_rejected)
             if index is not None:
-                _clean(output)
+                _clean(output, index)
     return Written(index, already_complete=False, shards_kept=kept)
 
 
@@ -155,7 +158,7 @@ def _require_free(output: Output, request: dict[str, Any]) -> None:
         _require_same(output, json.loads(output.read(REQUEST_FILE)), request)
         return
     strangers = [name for name in output.names() if not name.startswith(f"{UNFINISHED}/")]
-    if strangers:
+    if strangers and output.size(INDEX_FILE) is None:  # else the last part has finished it this moment
         raise ValueError(
             f"{output} holds files ({', '.join(strangers[:3])}), but no dataset of ours. Choose an empty or new folder"
         )
@@ -191,9 +194,19 @@ def _require_same(output: Output, found: dict[str, Any], request: dict[str, Any]
     )
 
 
-def _clean(output: Output) -> None:
-    """What an interrupted run left behind; only once the index is there."""
-    output.delete([name for name in output.names() if name.startswith(f"{UNFINISHED}/") or name.endswith(".tmp")])
+def _clean(output: Output, index: ShardIndex) -> None:
+    """What interrupted runs left behind, now that the index is there. Files of others (features in the making, their
+    locks) stay."""
+    own = {f"{shard.name}{ending}" for shard in index.shards for ending in (".tar", ".idx.npz")}
+    own |= {INDEX_FILE, REJECTED_FILE}
+    output.delete(
+        [
+            name
+            for name in output.names()
+            if (name.startswith(f"{UNFINISHED}/") and not name.startswith(f"{UNFINISHED}/lock"))
+            or (name.endswith(".tmp") and name.removesuffix(".tmp") in own)
+        ]
+    )
 
 
 # ---- the plan: which samples make which shard ----
@@ -263,36 +276,41 @@ class _Report:
 
 
 def _make_shards(
-    jobs: Iterable[_Job], workers: int, part: tuple[int, int]
+    jobs: Iterable[_Job], workers: int, part: tuple[int, int], retried: frozenset[str]
 ) -> tuple[dict[str, _Report], int, list[str]]:
-    """(reports by shard in the plan's order, how many shards were already there, the shards other parts still owe)."""
+    """(reports by shard in the plan's order, how many of this part's shards were already there, the shards that other
+    parts still owe)."""
     plan: dict[str, _Job] = {}
     reports: dict[str, _Report | None] = {}
+    kept = 0
 
     def unfinished() -> Iterator[_Job]:
+        nonlocal kept
         for number, job in enumerate(jobs):
             plan[job.name] = dataclasses.replace(job, samples=[])
-            reports[job.name] = _finished_report(job)
-            if reports[job.name] is None and number % part[1] == part[0]:
-                yield job
+            report = reports[job.name] = _finished_report(job)
+            if number % part[1] == part[0]:
+                if report is None or any(one.reason in retried for one in report.rejected):
+                    yield job
+                else:
+                    kept += report.shard is not None
 
-    made = 0
     with tqdm(desc="shards", unit="photo", unit_scale=True, disable=None) as progress:
         for name, photos, report in in_processes(make_shard, unfinished(), workers):
             reports[name] = report
-            made += 1
             progress.update(photos)
     for name in [name for name, report in reports.items() if report is None]:
         reports[name] = _finished_report(plan[name])  # another part may have made it meanwhile
     done = {name: report for name, report in reports.items() if report is not None}
-    return done, len(done) - made, [name for name in reports if name not in done]
+    return done, kept, [name for name in reports if name not in done]
 
 
 def _finished_report(job: _Job) -> _Report | None:
     """What a run before this one, or another part, left of this chunk, if its files are whole."""
-    if job.output.size(job.report_file) is None:
+    try:
+        report = _Report.from_bytes(job.output.read(job.report_file))
+    except FileNotFoundError:
         return None
-    report = _Report.from_bytes(job.output.read(job.report_file))
     expected = (report.shard.bytes, report.member_index_bytes) if report.shard else (None, None)
     found = job.output.size(f"{job.name}.tar"), job.output.size(f"{job.name}.idx.npz")
     return report if found == expected else None
@@ -393,6 +411,8 @@ class TarStream:
         else:
             self._small += data
         self._small += _PADDING[len(data) % TAR_BLOCK]
+        if len(self._small) > FLUSH_BYTES:
+            self._flush()
         self.size += -(-len(data) // TAR_BLOCK) * TAR_BLOCK
         return member
 
@@ -430,10 +450,9 @@ def _merge(
     max_rejected: float,
 ) -> ShardIndex:
     rejected = rejected_by_source + [one for report in reports.values() for one in report.rejected]
-    lines = [json.dumps(dataclasses.asdict(one), ensure_ascii=False) + "\n" for one in rejected]
-    write_file(output, REJECTED_FILE, "".join(lines).encode())
+    write_file(output, REJECTED_FILE, rejected_lines(rejected))
     shards = sorted((report.shard for report in reports.values() if report.shard), key=lambda info: info.name)
-    counts = _counts(shards, sum(report.captions for report in reports.values()), rejected)
+    counts = counts_of(shards, sum(report.captions for report in reports.values()), rejected)
     if not shards:
         raise ValueError(f"no sample is left to write to {output}; rejected: {counts['rejected']}")
     _check_rejections(output, counts["photos"], rejected, max_rejected)
@@ -452,7 +471,7 @@ def _check_rejections(output: Output, photos: int, rejected: list[Rejected], max
     raise ValueError(
         f"{len(faults)} of {photos + len(faults)} photos were rejected ({100 * share:.2f}%, more than "
         f"{100 * max_rejected:g}%): {reasons}. E.g. {first}. All are in {output}/{REJECTED_FILE}. "
-        "Mend them, or accept it with a higher --max-rejected: the shards are kept"
+        "Accept it with a higher --max-rejected (what is finished is kept), or mend them and choose another folder"
     )
 
 
@@ -465,7 +484,12 @@ def count_by_reason(rejected: list[Rejected]) -> dict[str, dict[str, int]]:
     return counts
 
 
-def _counts(shards: list[ShardInfo], captions: int, rejected: list[Rejected]) -> dict[str, Any]:
+def rejected_lines(rejected: list[Rejected]) -> bytes:
+    """The content of rejected.jsonl."""
+    return "".join(json.dumps(dataclasses.asdict(one), ensure_ascii=False) + "\n" for one in rejected).encode()
+
+
+def counts_of(shards: list[ShardInfo], captions: int, rejected: list[Rejected]) -> dict[str, Any]:
     return {
         "photos": sum(shard.samples for shard in shards),
         "captions": captions,

@@ -31,6 +31,10 @@ from shards.foreign import BAD_RECORD, NO_CAPTION, NO_IMAGE, BadTar, Tar, format
 from shards.verification import verify
 
 
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image))
+
+
 def picture(seed: int, image_format: str = "JPEG") -> bytes:
     pixels = np.random.RandomState(seed).randint(0, 256, (12, 16, 3), np.uint8)
     buffer = io.BytesIO()
@@ -338,9 +342,15 @@ def test_tars_at_urls_get_the_index_that_local_ones_get(served: tuple[str, Path]
             folder / f"{here.name}.idx.npz"
         ).read_bytes()
     index = ShardIndex.load(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"shard 00000 is at http://.*can't be read yet"):
+    reader = ShardReader(tmp_path / "out", "val", transform=to_tensor, cache=str(tmp_path / "cache"))
+    local_reader = ShardReader(folder, "val", transform=to_tensor)
+    for shard, count in enumerate(local_reader.counts):
+        for sample in range(count):
+            there, here = reader.photo(shard, sample), local_reader.photo(shard, sample)
+            assert there.record == here.record and torch.equal(there.image_CHW, here.image_CHW)
+    with pytest.raises(ValueError, match=r"shard 00000 is at http://.*only training and evaluation fetch"):
         open_shard(tmp_path / "out", index.shards[0])
-    with pytest.raises(ValueError, match="can't be read yet"):
+    with pytest.raises(ValueError, match="only training and evaluation fetch"):
         verify(tmp_path / "out")
 
 

@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
     0: ["config", "run_dir", "data.shard_format", "data.photo"],
     1: [
-        "data.order", "data.captions", "model.denoiser", "model.image_encoder", "diffusion.schedule",
+        "data.order", "data.captions", "data.shard_store",
+        "model.denoiser", "model.image_encoder", "diffusion.schedule",
         "training.distributed", "training.ema", "training.learning_rate", "training.preemption",
         "evaluation.scores", "evaluation.protocol", "evaluation.scene_facts",
     ],

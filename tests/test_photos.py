@@ -113,6 +113,18 @@ def bomb() -> bytes:
     return bytes(content)
 
 
+def sixteen_bit_rgb() -> bytes:
+    """PIL can't write one: a black picture, chunk by chunk."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    size = (20).to_bytes(4, "big") * 2
+    rows = zlib.compress(bytes(20 * (1 + 20 * 6)))
+    header = chunk(b"IHDR", size + bytes([16, 2, 0, 0, 0]))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
 def huge_jpeg() -> bytes:
     content = bytearray(JPEGS["4:2:0"])
     at = content.index(b"\xff\xc0")
@@ -134,6 +146,7 @@ def huge_jpeg() -> bytes:
         (saved(picture(height=3), "PNG"), photos.TOO_SMALL, "40x3"),
         (animated(), photos.ANIMATED, "WEBP of 2 frames"),
         (saved(Image.new("I;16", (20, 20)), "PNG"), photos.SIXTEEN_BIT, "I;16"),
+        (sixteen_bit_rgb(), photos.SIXTEEN_BIT, "PNG of mode RGB"),
         (bomb(), photos.TOO_LARGE, ""),
         (huge_jpeg(), photos.TOO_LARGE, ""),
     ],

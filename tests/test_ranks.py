@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffcap_dist import __main__ as diffcap
+from diffcap_dist.data.shard_format import MemberIndex
 from diffcap_dist.run_dir import RunDir
 from shards import make_shards
 from tests.conftest import launch, launch_command, rank_environment
@@ -167,3 +168,24 @@ def test_the_encoder_online_its_features_and_picture_files(
     words = [str(tmp_path / "red.png"), "--steps", "2", "--candidates", "2", "--json"]
     done = subprocess.run([*caption, *words], check=True, env=rank_environment(), capture_output=True, text=True)
     assert [row["picture"] for row in json.loads(done.stdout)] == [str(tmp_path / "red.png")]
+
+
+def test_damage_is_replaced_counted_and_bounded(tiny_config: Path, scene_shards: Path, tmp_path: Path) -> None:
+    """One flipped byte: with ``replace`` two ranks train on, and say it; above the bound both end with the list."""
+    shutil.copytree(scene_shards, tmp_path / "shards")
+    tar = tmp_path / "shards" / "train-000000.tar"
+    content = bytearray(tar.read_bytes())
+    members = MemberIndex.load(tar)
+    key = str(members.keys[3])
+    content[int(members.offset[3, members.suffixes.tolist().index("json")]) + 5] ^= 1
+    tar.write_bytes(content)
+    words = [f"data.shards={tmp_path / 'shards'}", "training.num_steps=8", "data.damage=replace"]
+    done = launch(2, "diffcap_dist.train", str(tiny_config), *words, "data.max_bad_fraction=0.02")
+    assert f"train-000000/{key}" in done.stdout + done.stderr
+    state = json.loads(next((tmp_path / "run" / "checkpoints").glob("step_*8/state.json")).read_text())
+    assert state["bad_samples"] == {f"train-000000/{key}": 1}
+    logged = [line for line in RunDir(tmp_path / "run").read_metrics() if line["kind"] == "damage"]
+    assert len(logged) == 2 and "crc32" in logged[0]["found"]  # two epochs of 64
+    command = launch_command(2, "diffcap_dist.train", str(tiny_config), *words, f"run_dir={tmp_path / 'strict'}")
+    failed = subprocess.run(command, capture_output=True, text=True, timeout=240, env=rank_environment())
+    assert failed.returncode != 0 and "1 of 64 training samples are damaged" in failed.stdout + failed.stderr

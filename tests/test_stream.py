@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import hashlib
+import itertools
+import multiprocessing
+import os
 import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from diffcap_dist.config import DataConfig
+from diffcap_dist.config import DataConfig, TrainShards
 from diffcap_dist.data.captions import CaptionTokenizer
-from diffcap_dist.data.shard_format import ShardDamage, ShardIndex
-from diffcap_dist.data.stream import Batch, CaptionStream, ShardReader, all_records, chosen_captions, evaluation_photos
+from diffcap_dist.data.shard_format import Shard, ShardDamage, ShardIndex, ShardInfo
+from diffcap_dist.data.stream import (
+    Batch,
+    CaptionStream,
+    Photo,
+    ShardReader,
+    all_records,
+    chosen_captions,
+    evaluation_photos,
+)
+from shards.output import Folder
+from shards.writer import RawSample, ShardSettings, Source, write_dataset
 
 CONFIG = DataConfig(shards="", max_length=18, num_workers=0, canonical_spans=4, shuffle_window=8, captions_per_image=2)
 
@@ -113,3 +134,178 @@ def test_bad_requests_are_named(scene_shards: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"index\.json"):
         ShardReader(tmp_path, "train", "oracle")
     assert ShardIndex.load(scene_shards).num_samples("train") == 64
+
+
+# ---- the order, through the loader ----
+
+
+def order_hash(reader: ShardReader, tokenizer: CaptionTokenizer, workers: int, world: int, start: int, end: int) -> str:
+    """sha256 of the global batches of 24, from step ``start`` to ``end``."""
+    config = dataclasses.replace(CONFIG, num_workers=workers, canonical_spans=8)
+    streams = []
+    for rank in range(world):
+        stream = CaptionStream(reader, tokenizer, config, 5, 24 // world, rank, world)
+        stream.load_state_dict({"samples_seen": start * 24})
+        streams.append(iter(stream))
+    digest = hashlib.sha256()
+    for _ in range(start, end):
+        batches = [next(stream) for stream in streams]
+        rows = sorted(row for batch in batches for row in zip(batch.positions, batch.keys, batch.ids_NCL.tolist()))
+        digest.update(repr(rows).encode())
+    return digest.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> ShardReader:
+    """Shards of 1, 7, 100, 250, 3, 39 and 0 samples."""
+    folder = tmp_path_factory.mktemp("uneven") / "shards"
+    counts, names = [1, 7, 100, 250, 3, 39], itertools.count()
+    for number, count in enumerate(counts):
+        samples = [RawSample(f"p{next(names)}", ["a b", "c"], "train", "made", None) for _ in range(count)]
+        part = folder.parent / str(number)
+        write_dataset(Source(samples, [], {}, []), Folder(part), ShardSettings(samples_per_shard=300))
+    folder.mkdir()
+    infos = []
+    for number in range(len(counts)):
+        info = ShardIndex.load(folder.parent / str(number)).shards[0]
+        for ending in (".tar", ".idx.npz"):
+            (folder.parent / str(number) / f"{info.name}{ending}").rename(folder / f"train-{number:06d}{ending}")
+        infos.append(dataclasses.replace(info, name=f"train-{number:06d}"))
+    ShardIndex([*infos, ShardInfo("train-000009", "train", 0, 0, "0" * 64)], {}, {}).save(folder)
+    return ShardReader(folder, "train", transform=lambda image: torch.zeros(1))
+
+
+class Keys(ShardReader):
+    """Captions-only shards have nothing to see; the order is all that is asked here."""
+
+    def _image(self, opened: Shard, sample: int) -> torch.Tensor:
+        return torch.zeros(1)
+
+
+@pytest.mark.slow
+def test_the_order_is_one_hash_for_every_layout(uneven: ShardReader) -> None:
+    reader = Keys(uneven.stores[0].where, "train", transform=lambda image: torch.zeros(1))
+    tokenizer = CaptionTokenizer.from_captions(["a b c"])
+    steps = 30  # nearly two epochs of 400
+    whole = order_hash(reader, tokenizer, 0, 1, 0, steps)
+    rest = order_hash(reader, tokenizer, 0, 1, 11, steps)
+    for world in (1, 2, 3, 4, 8):
+        for workers in (0, 1, 2, 3):
+            start, expected = (0, whole) if (world + workers) % 2 else (11, rest)  # every layout once
+            assert order_hash(reader, tokenizer, workers, world, start, steps) == expected
+
+
+# ---- several datasets, and datasets elsewhere ----
+
+
+def test_a_mix_streams_both_datasets(scene_shards: Path, reader: ShardReader, tokenizer: CaptionTokenizer) -> None:
+    """Train and test scenes as two datasets of one split."""
+    other = ShardReader(scene_shards, "test", "oracle")
+    mixed = ShardReader([scene_shards, scene_shards], "train", "oracle")
+    mixed.datasets[1], mixed.shards[1:], mixed.counts[1:] = other.shards, other.shards, other.counts
+    mix = [TrainShards("a", 1.0), TrainShards("b", 0.5)]
+    stream = CaptionStream(mixed, tokenizer, dataclasses.replace(CONFIG, train=mix), 5, 10)
+    keys = [key for batch in itertools.islice(iter(stream), 7) for key in batch.keys]  # an epoch: 64 + 6
+    assert sum(key.startswith("scene-test") for key in keys) == 6 and len(set(keys)) == 70
+
+
+@pytest.fixture
+def served(scene_shards: Path) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(scene_shards)))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_dataset_at_a_url_gives_the_batches_of_a_local_one(
+    served: str, reader: ShardReader, tokenizer: CaptionTokenizer, tmp_path: Path, workers: int
+) -> None:
+    remote = ShardReader(served, "train", "oracle", cache=str(tmp_path / "cache"))
+    assert global_batches(remote, tokenizer, workers, 2, 0, 6) == global_batches(reader, tokenizer, 0, 1, 0, 6)
+    assert list((tmp_path / "cache").glob("*.tar"))
+
+
+def test_a_damaged_copy_in_the_cache_is_fetched_anew(served: str, reader: ShardReader, tmp_path: Path) -> None:
+    remote = ShardReader(served, "train", "oracle", cache=str(tmp_path / "cache"))
+    assert remote.photo(0, 0).key == reader.photo(0, 0).key
+    (tar,) = (tmp_path / "cache").glob("[0-9a-f]*.tar")
+    content = bytearray(tar.read_bytes())
+    content[len(content) // 4 : 3 * len(content) // 4] = bytes(len(content) // 2)
+    with tar.open("r+b") as file:  # the same file: the reader has it open
+        file.write(content)
+    assert [remote.photo(0, i).record for i in range(64)] == [reader.photo(0, i).record for i in range(64)]
+
+
+# ---- workers ----
+
+
+class Sick(ShardReader):
+    """Dies, or stalls, at its tenth photo."""
+
+    def photo(self, shard: int, sample: int) -> Photo:
+        self.seen = getattr(self, "seen", 0) + 1
+        if self.seen == 10 and self.how == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.seen == 10 and self.how == "stalls":
+            time.sleep(1000)
+        return super().photo(shard, sample)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"), [("dies", "killed by signal|exited unexpectedly"), ("stalls", "where each of them stands")]
+)
+def test_a_dead_or_stalled_worker_is_an_error_in_seconds(
+    scene_shards: Path, tokenizer: CaptionTokenizer, capfd: pytest.CaptureFixture[str], how: str, message: str
+) -> None:
+    reader = Sick(scene_shards, "train", "oracle")
+    reader.how = how  # type: ignore[attr-defined]
+    config = dataclasses.replace(CONFIG, num_workers=1, worker_timeout=3.0)
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match=message):
+        for _ in CaptionStream(reader, tokenizer, config, 5, 8):
+            pass
+    assert time.monotonic() - started < 10
+    if how == "stalls":
+        time.sleep(0.5)
+        assert "in photo" in capfd.readouterr().err  # the worker's own stack
+
+
+@pytest.mark.slow
+def test_nothing_leaks_over_200_epochs(reader: ShardReader, tokenizer: CaptionTokenizer) -> None:
+    """Memory (the worker's too), files and shared memory stay what they are."""
+    batches = iter(CaptionStream(reader, tokenizer, dataclasses.replace(CONFIG, num_workers=1), 5, 16))
+    next(batches)
+    own, (worker,) = os.getpid(), [child.pid for child in multiprocessing.active_children()]
+    measured = []
+    for count in (50, 150):
+        for _ in itertools.islice(batches, count * 64 // 16):
+            pass
+        gc.collect()
+        measured.append((memory_mb(own) + memory_mb(worker), num_files("/proc/self/fd"), num_files("/dev/shm")))
+    (memory, files, shared), (memory_end, files_end, shared_end) = measured
+    assert memory_end - memory < 30 and files_end <= files + 5 and shared_end <= shared + 5
+
+
+def num_files(folder: str) -> int:
+    return len(list(Path(folder).iterdir()))
+
+
+def memory_mb(process: int | None) -> float:
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def test_one_open_shard_at_a_time_is_enough(uneven: ShardReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffcap_dist.data.stream.MAX_OPEN_SHARDS", 1)
+    reader = Keys(uneven.stores[0].where, "train", transform=lambda image: torch.zeros(1))
+    before = num_files("/proc/self/fd")
+    keys = [reader.photo(shard, 0).key for _ in range(3) for shard in range(6)]
+    assert len(set(keys)) == 6 and num_files("/proc/self/fd") <= before + 1

@@ -1,5 +1,6 @@
 """The writer: the same bytes whoever writes them and however often it is killed, and nothing half-written."""
 
+import dataclasses
 import json
 import os
 import random
@@ -154,7 +155,7 @@ def test_sigkill_at_any_moment_and_again_gives_the_same_bytes(tmp_path: Path) ->
     chance = random.Random(0)
     program = [sys.executable, "-m", "shards.make_shards", *command, "--workers", "2", "--out", str(tmp_path / "out")]
     kills = 0
-    while kills < 15:
+    while kills < 20:
         running = subprocess.Popen(
             program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
@@ -218,11 +219,47 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
     with output.reserve(0, 1), pytest.raises(ValueError, match="another run is writing"):
         write_dataset(source(), output, FIVE)
     with output.reserve(0, 2):
-        for part in ((0, 2), (0, 1)):
+        for part in ((0, 2), (0, 1), (1, 3)):
             with pytest.raises(ValueError, match="another run is writing"):
                 write_dataset(source(), output, FIVE, part=part)
         assert write_dataset(source(), output, FIVE, part=(1, 2)).index is None
     assert write_dataset(source(), output, FIVE).index is not None
+
+
+def test_a_finished_dataset_keeps_the_files_of_others(tmp_path: Path) -> None:
+    """Features in the making, and what the user put there."""
+    write_dataset(source(), Folder(tmp_path), FIVE)
+    others = ["train-000000.clip.npy.tmp", "mine.tmp", "unfinished/lock-features-clip"]
+    (tmp_path / "unfinished").mkdir()
+    for name in [*others, "index.json.tmp", "train-000000.tar.tmp", "unfinished/train-000000.json"]:
+        (tmp_path / name).write_bytes(b"x")
+    before = set(contents(tmp_path))
+    assert write_dataset(source(), Folder(tmp_path), FIVE).already_complete
+    left = before - set(contents(tmp_path))
+    assert left == {"index.json.tmp", "train-000000.tar.tmp", "unfinished/train-000000.json"}
+
+
+def test_shards_with_rejections_that_are_retried_are_made_again(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="photos were rejected"):
+        write_dataset(source(22, image=photo), Folder(tmp_path / "a"), FIVE)
+    again = dataclasses.replace(source(22), retried=frozenset({"dead link"}))
+    written = write_dataset(again, Folder(tmp_path / "a"), FIVE, max_rejected=1.0)
+    assert written.index is not None and written.shards_kept == 3  # p5 and p16 were dead links, in two of five shards
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "a" / REJECTED_FILE).read_text().splitlines()]
+    assert "dead link" not in reasons
+
+
+def test_the_count_of_kept_shards_is_of_this_part(tmp_path: Path) -> None:
+    for part in range(3):
+        written = write_dataset(source(60), Folder(tmp_path), FIVE, part=(part, 3))
+        assert written.shards_kept == 0
+
+
+@pytest.mark.parametrize("settings", [FIVE, ShardSettings(samples_per_shard=5, min_side=8, resize=12, quality=80)])
+def test_resized_or_not_workers_change_no_byte(tmp_path: Path, settings: ShardSettings) -> None:
+    for workers in (1, 2, 4):
+        write_dataset(source(30), Folder(tmp_path / str(workers)), settings, workers=workers)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "4")
 
 
 def test_a_full_disk_is_a_clear_error_and_no_half_files(tmp_path: Path) -> None:
@@ -230,7 +267,7 @@ def test_a_full_disk_is_a_clear_error_and_no_half_files(tmp_path: Path) -> None:
         pytest.skip("mounting a small disk needs root")
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(disk)], capture_output=True)
     if mounted.returncode != 0:
         pytest.skip("no mount here")
     try:

@@ -443,8 +443,8 @@ def open_shard(directory: Path, info: ShardInfo) -> Shard:
     """A shard, and the one that the index lists: one left by another run mostly has another count."""
     if info.url:
         raise ValueError(
-            f"{directory}: shard {info.name} is at {info.url}, and shards that are elsewhere can't be read yet. "
-            "Copy the tars to a local folder and run `make-shards index` on it"
+            f"{directory}: shard {info.name} is at {info.url}, which only training and evaluation fetch. Copy the tars "
+            "to a local folder and run `make-shards index` on it"
         )
     shard = Shard(tar_path(directory, info.name), info.split)
     if len(shard) != info.samples:

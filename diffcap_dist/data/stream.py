@@ -1,13 +1,19 @@
-"""The stream: position -> sample -> batch, from shards on disk.
+"""The stream: position -> sample -> batch, from shards wherever they lie.
 
-In: a shards folder, a split, an order, a tokenizer and how a photo is to be read (its features, or its pixels through
-the encoder's transform). Out: endless training batches from any position on, or an exact partition for evaluation.
-State is one integer, ``samples_seen``; ranks and workers change neither the order nor the content.
+In: datasets (folders or URLs), a split, an order, a tokenizer and how a photo is to be read (its features, or its
+pixels through the encoder's transform). Out: endless training batches from any position on, or an exact partition for
+evaluation. State is one integer, ``samples_seen``; ranks and workers change neither the order nor the content.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import faulthandler
+import os
+import signal
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,14 +25,25 @@ from torch.utils.data import DataLoader, Dataset
 
 from diffcap_dist.config import DataConfig
 from diffcap_dist.data.captions import CaptionTokenizer
-from diffcap_dist.data.order import SampleOrder, draw, evaluation_positions, rank_positions
+from diffcap_dist.data.order import MixedOrder, Place, SampleOrder, draw, evaluation_positions, rank_positions
 from diffcap_dist.data.photo import decode_photo
-from diffcap_dist.data.shard_format import FeatureInfo, Shard, ShardIndex, open_shard
+from diffcap_dist.data.shard_format import FeatureInfo, Shard, ShardDamage
+from diffcap_dist.data.shard_store import ShardStore
 from diffcap_dist.training.preemption import reset_in_worker
 
 Transform = Callable[[Image.Image], Tensor]
 
-WORKER_TIMEOUT = 120  # seconds without a batch before a stalled loader is an error
+SAMPLES_AHEAD = 4096  # of a rank: how far ahead remote shards are fetched
+MAX_OPEN_SHARDS = 256  # of a reader: each span of the order is in one shard at a time
+
+
+class Damage(NamedTuple):
+    """What could not be read in training, where another sample stood in for it."""
+
+    position: int
+    key: str  # SHARD/KEY, or SHARD where no one sample is to blame
+    samples: int  # that it costs: 1, or all of the shard
+    found: str
 
 
 class Batch(NamedTuple):
@@ -38,6 +55,7 @@ class Batch(NamedTuple):
     images_NCHW: Tensor | None
     pooled_NF: Tensor | None
     patches_NPF: Tensor | None
+    damages: list[Damage]
 
 
 class Photo(NamedTuple):
@@ -50,94 +68,170 @@ class Photo(NamedTuple):
     patches_PF: Tensor | None
 
 
+class StalledWorker(RuntimeError):
+    """A loader worker gave no batch in time; where it stood is on stderr."""
+
+
 class ShardReader:
-    """Random access to the photos of a split: shards open when first touched (and so once per worker)."""
+    """Random access to the photos of a split, of one dataset or of several behind each other. Shards are opened when
+    first touched (and so once per worker)."""
 
     def __init__(
         self,
-        directory: Path,
+        where: str | Path | Sequence[str | Path],
         split: str,
         features: str = "",
         patches: bool = False,
         transform: Transform | None = None,
+        cache: str = "",
+        cache_gb: float = 0.0,
     ) -> None:
-        index = ShardIndex.load(directory)
-        self.directory = directory
-        self.shards = index.split(split)
+        places = [where] if isinstance(where, (str, Path)) else list(where)
+        limits = (Path(cache) if cache else None, int(cache_gb * 1e9) or None)
+        self.stores = [ShardStore(place, *limits) for place in places]
+        self.datasets = [store.index.split(split) for store in self.stores]
+        self.shards = [shard for shards in self.datasets for shard in shards]
         self.counts = [shard.samples for shard in self.shards]
         self.bytes = sum(shard.bytes for shard in self.shards)
-        self.feature_info: FeatureInfo | None = index.feature(features) if features else None
-        self.patches = patches
-        self.transform = transform
-        if self.feature_info is None and transform is None:
-            raise ValueError("neither features nor an image transform: nothing to see of the photos")
-        if self.feature_info is not None and patches and self.feature_info.patches is None:
-            raise ValueError(
-                f"features {features!r} of {directory} have no patch tokens: write them with "
-                f"make-shards features {directory} --patches, or set encoder.patches=false"
-            )
-        self._open: dict[int, Shard] = {}
-        self._features: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
+        self.patches, self.transform = patches, transform
+        self._dataset_of = [number for number, shards in enumerate(self.datasets) for _ in shards]
+        infos = [store.index.feature(features) if features else None for store in self.stores]
+        self.feature_info: FeatureInfo | None = infos[0]
+        self._check_features(places, features, infos)
+        # Patch tokens that nobody looks at are not fetched.
+        self._feature_infos = [
+            info and (info if patches else dataclasses.replace(info, patches=None)) for info in infos
+        ]
+        self._open: dict[int, tuple[Shard, np.ndarray | None, np.ndarray | None]] = {}  # least lately used first
 
     def record(self, shard: int, sample: int) -> tuple[str, dict[str, Any]]:
         """Key and JSON record, checked against their checksum."""
-        opened = self._shard(shard)
+        opened, _, _ = self._shard(shard)
         return opened.key(sample), opened.record(sample)
 
     def photo(self, shard: int, sample: int) -> Photo:
-        """The whole sample. Raises ShardDamage naming shard, offset and key."""
-        key, record = self.record(shard, sample)
-        if self.feature_info is None:
-            return Photo(key, record, self._image(shard, sample), None, None)
-        pooled_NF, patches_NPF = self._features[shard]
+        """The whole sample. ShardDamage names shard, offset and key; a copy in the cache is fetched anew first."""
+        try:
+            return self._photo(shard, sample)
+        except ShardDamage:
+            number = self._dataset_of[shard]
+            if not self.stores[number].forget(self.shards[shard], self._feature_infos[number]):
+                raise
+            if shard in self._open:
+                self._open.pop(shard)[0].close()
+            return self._photo(shard, sample)
+
+    def _photo(self, shard: int, sample: int) -> Photo:
+        opened, pooled_NF, patches_NPF = self._shard(shard)
+        key, record = opened.key(sample), opened.record(sample)
+        if pooled_NF is None:
+            return Photo(key, record, self._image(opened, sample), None, None)
         patches_PF = None
-        if self.patches and patches_NPF is not None:
+        if patches_NPF is not None:
             patches_PF = torch.from_numpy(patches_NPF[sample].astype(np.float32))
         return Photo(key, record, None, torch.from_numpy(pooled_NF[sample].astype(np.float32)), patches_PF)
 
-    def _shard(self, shard: int) -> Shard:
-        if shard not in self._open:
-            self._open[shard] = open_shard(self.directory, self.shards[shard])
-            if self.feature_info is not None:
-                self._features[shard] = self._open[shard].features(self.feature_info)
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Let remote shards come, the first ones first, while others are read."""
+        for number, store in enumerate(self.stores):
+            own = [self.shards[shard] for shard in shards if self._dataset_of[shard] == number]
+            if own and store.is_remote:
+                store.prefetch(own, self._feature_infos[number])
+
+    @property
+    def is_remote(self) -> bool:
+        return any(store.is_remote for store in self.stores)
+
+    def _check_features(self, places: Sequence[str | Path], features: str, infos: Sequence[FeatureInfo | None]) -> None:
+        if self.feature_info is None:
+            if self.transform is None:
+                raise ValueError("neither features nor an image transform: nothing to see of the photos")
+            return
+        for place, info in zip(places, infos):
+            assert info is not None
+            if self.patches and info.patches is None:
+                raise ValueError(
+                    f"features {features!r} of {place} have no patch tokens: write them with "
+                    f"make-shards features {place} --patches, or set encoder.patches=false"
+                )
+            first = self.feature_info
+            if (info.pooled_dim, info.weights_sha256) != (first.pooled_dim, first.weights_sha256):
+                raise ValueError(
+                    f"features {features!r} of {place} are of another encoder than those of {places[0]} "
+                    f"(width {info.pooled_dim} and {first.pooled_dim}): write them with one encoder"
+                )
+
+    def _shard(self, shard: int) -> tuple[Shard, np.ndarray | None, np.ndarray | None]:
+        """The open shard and, of its features, what the run uses."""
+        if shard in self._open:
+            self._open[shard] = found = self._open.pop(shard)
+            return found
+        if len(self._open) >= MAX_OPEN_SHARDS:
+            self._open.pop(next(iter(self._open)))[0].close()
+        number = self._dataset_of[shard]
+        info = self._feature_infos[number]
+        opened = self.stores[number].open(self.shards[shard], info)
+        pooled_NF, patches_NPF = (None, None) if info is None else opened.features(info)
+        self._open[shard] = opened, pooled_NF, patches_NPF
         return self._open[shard]
 
-    def _image(self, shard: int, sample: int) -> Tensor:
+    def _image(self, opened: Shard, sample: int) -> Tensor:
         assert self.transform is not None
-        data = self._shard(shard).image_bytes(sample)
+        data = opened.image_bytes(sample)
         if data is None:
             raise ValueError(
-                f"{self.directory / self.shards[shard].name}.tar: {self._shard(shard).key(sample)} has no image "
-                "(shards of captions only): set data.features to features beside the shards"
+                f"{opened.path}: {opened.key(sample)} has no image (shards of captions only): "
+                "set data.features to features beside the shards"
             )
-        return self.transform(decode_photo(data))
+        try:
+            return self.transform(decode_photo(data))
+        except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, zlib.error, ...
+            raise ShardDamage(opened.path, opened.key(sample), f"its photo can't be decoded ({error})") from error
+
+
+def candidates(counts: Sequence[int], place: Place) -> Iterator[tuple[int, int]]:
+    """(shard, sample): the place itself, then what may stand in for it, the next one first. A function of the place
+    alone, so that ranks and workers change nothing."""
+    for step in range(len(counts)):
+        shard = (place.shard + step) % len(counts)
+        first = place.sample if step == 0 else 0
+        for number in range(counts[shard]):
+            yield shard, (first + number) % counts[shard]
 
 
 class _Positions(Dataset):
-    """position -> (position, photo, caption ids): the map-style view that loader workers share."""
+    """position -> (position, photo, caption ids, damages): the map-style view that loader workers share."""
 
     def __init__(
-        self,
-        reader: ShardReader,
-        order: SampleOrder,
-        tokenizer: CaptionTokenizer,
-        config: DataConfig,
-        seed: int,
+        self, reader: ShardReader, order: MixedOrder, tokenizer: CaptionTokenizer, config: DataConfig, seed: int
     ) -> None:
-        self.reader, self.order, self.tokenizer, self.config, self.seed = (
-            reader,
-            order,
-            tokenizer,
-            config,
-            seed,
-        )
+        self.reader, self.order, self.tokenizer = reader, order, tokenizer
+        self.config, self.seed = config, seed
 
-    def __getitem__(self, position: int) -> tuple[int, Photo, Tensor]:
-        place = self.order.sample_at(position)
-        photo = self.reader.photo(place.shard, place.sample)
+    def __getitem__(self, position: int) -> tuple[int, Photo, Tensor, list[Damage]]:
+        photo, damages = self._readable(position, self.order.sample_at(position))
         captions = chosen_captions(photo.record["captions"], self.config.captions_per_image, self.seed, position)
         ids_CL, _ = self.tokenizer.encode(captions, self.config.max_length)
-        return position, photo, torch.from_numpy(ids_CL)
+        return position, photo, torch.from_numpy(ids_CL), damages
+
+    def _readable(self, position: int, place: Place) -> tuple[Photo, list[Damage]]:
+        damages: list[Damage] = []
+        unreadable: set[int] = set()
+        for shard, sample in candidates(self.reader.counts, place):
+            if shard in unreadable:
+                continue
+            try:
+                return self.reader.photo(shard, sample), damages
+            except ShardDamage as damage:
+                if self.config.damage == "raise":
+                    raise
+                name = self.reader.shards[shard].name
+                if damage.key is None:
+                    unreadable.add(shard)
+                    damages.append(Damage(position, name, self.reader.counts[shard], damage.found))
+                else:
+                    damages.append(Damage(position, f"{name}/{damage.key}", 1, damage.found))
+        raise ValueError(f"no sample at all can be read; the first: {damages[0].key}: {damages[0].found}")
 
 
 class CaptionStream:
@@ -153,7 +247,11 @@ class CaptionStream:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.order = SampleOrder(reader.counts, seed, config.canonical_spans, config.shuffle_window)
+        orders = [
+            SampleOrder([shard.samples for shard in shards], seed, config.canonical_spans, config.shuffle_window)
+            for shards in reader.datasets
+        ]
+        self.order = MixedOrder(orders, [one.repeat for one in config.train] or [1.0] * len(orders))
         self.dataset = _Positions(reader, self.order, tokenizer, config, seed)
         self.config, self.batch_size, self.rank, self.world_size = config, batch_size, rank, world_size
         self.samples_seen = 0
@@ -161,25 +259,72 @@ class CaptionStream:
     def __iter__(self) -> Iterator[Batch]:
         """Batches of ``batch_size`` photos from ``samples_seen`` on. The reader of batches advances the counter:
         what a worker has fetched ahead is not yet seen."""
-        workers = self.config.num_workers
+        workers, reader = self.config.num_workers, self.dataset.reader
         positions = rank_positions(self.samples_seen, self.rank, self.world_size, self.config.canonical_spans)
-        return iter(
-            DataLoader(
-                self.dataset,
-                batch_sampler=_batched(positions, self.batch_size),  # type: ignore[arg-type]
-                num_workers=workers,
-                collate_fn=collate,
-                worker_init_fn=reset_in_worker,
-                timeout=WORKER_TIMEOUT if workers else 0,
-                pin_memory=torch.cuda.is_available(),
-            )
+        # A remote shard may take as long as its store allows; it gives up by itself.
+        timeout = max(store.deadline_seconds for store in reader.stores) + 10 if reader.is_remote else 0.0
+        batches = _batched(positions, self.batch_size)
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=self._announced(batches) if reader.is_remote else batches,  # type: ignore[arg-type]
+            num_workers=workers,
+            collate_fn=collate,
+            worker_init_fn=_begin_worker,
+            timeout=max(timeout, self.config.worker_timeout) if workers else 0,
+            pin_memory=torch.cuda.is_available(),
         )
+        return _watched(iter(loader)) if workers else iter(loader)
+
+    def _announced(self, batches: Iterator[list[int]]) -> Iterator[list[int]]:
+        """The same batches; the shards of those to come are fetched to this node meanwhile, in the order of need."""
+        coming = deque(islice(batches, max(1, SAMPLES_AHEAD // self.batch_size)))
+        uses: Counter[int] = Counter()  # of the shards in `coming`, in the order in which they are met first
+        for batch in coming:
+            uses.update(self._shards_of(batch))
+        self.dataset.reader.prefetch(list(uses))
+        while True:
+            batch = coming.popleft()
+            coming.append(next(batches))
+            uses.subtract(self._shards_of(batch))
+            known = len(uses)
+            uses.update(self._shards_of(coming[-1]))
+            if len(uses) > known:
+                uses = Counter({shard: count for shard, count in uses.items() if count > 0})
+                self.dataset.reader.prefetch(list(uses))
+            yield batch
+
+    def _shards_of(self, positions: list[int]) -> list[int]:
+        return [self.order.sample_at(position).shard for position in positions]
 
     def state_dict(self) -> dict[str, int]:
         return {"samples_seen": self.samples_seen}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.samples_seen = state["samples_seen"]
+
+
+def _begin_worker(worker_id: int) -> None:
+    reset_in_worker(worker_id)
+    faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)  # stderr
+
+
+def _watched(batches: Any) -> Iterator[Batch]:
+    """The loader's batches; of a worker that stalls, the place where it stands is shown before the error."""
+    while True:
+        try:
+            yield next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+            for worker in batches._workers:
+                if worker.is_alive():
+                    os.kill(worker.pid, signal.SIGUSR1)
+            raise StalledWorker(
+                f"a loader worker gave no batch in time ({error}); where each of them stands is above. Is the file "
+                "system or the network stuck? A slow one may need a larger data.worker_timeout"
+            ) from error
 
 
 def evaluation_photos(
@@ -193,11 +338,16 @@ def evaluation_photos(
         yield reader.photo(shard, position - int(ends[shard] - reader.counts[shard]))
 
 
-def all_records(reader: ShardReader) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Key and record of every sample, in shard order."""
+def all_records(reader: ShardReader, damages: list[ShardDamage] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Key and record of every sample, in shard order. Damage is raised, or noted in ``damages`` where that is given."""
     for shard, count in enumerate(reader.counts):
         for sample in range(count):
-            yield reader.record(shard, sample)
+            try:
+                yield reader.record(shard, sample)
+            except ShardDamage as damage:
+                if damages is None:
+                    raise
+                damages.append(damage)
 
 
 def chosen_captions(captions: Sequence[str], count: int, seed: int, position: int) -> list[str]:
@@ -206,9 +356,9 @@ def chosen_captions(captions: Sequence[str], count: int, seed: int, position: in
     return [captions[int(start[i % len(captions)])] for i in range(count)]
 
 
-def collate(samples: list[tuple[int, Photo, Tensor]]) -> Batch:
+def collate(samples: list[tuple[int, Photo, Tensor, list[Damage]]]) -> Batch:
     """One batch from single samples."""
-    positions, photos, ids = zip(*samples)
+    positions, photos, ids, damages = zip(*samples)
     return Batch(
         list(positions),
         [photo.key for photo in photos],
@@ -216,6 +366,7 @@ def collate(samples: list[tuple[int, Photo, Tensor]]) -> Batch:
         _stack([photo.image_CHW for photo in photos]),
         _stack([photo.pooled_F for photo in photos]),
         _stack([photo.patches_PF for photo in photos]),
+        [damage for some in damages for damage in some],
     )
 
 

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class TrainState:
     best_val_loss: float = 1e30  # decides between equal BLEU-4: early on, or on hard data, it is 0 for long
     best_step: int = -1
     seconds: float = 0.0  # spent in training, over all starts
+    bad_samples: dict[str, int] = field(default_factory=dict)  # what was damaged, and how many samples that is
 
 
 def save(engine: Any, ema: EMA, state: TrainState, folder: Path, ranks: Ranks, keep_last: int) -> Path:

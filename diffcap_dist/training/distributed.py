@@ -84,6 +84,13 @@ def gather_to_first(value: Any, ranks: Ranks) -> list[Any] | None:
     return gathered
 
 
+def gather(value: Any) -> list[Any]:
+    """The values of all ranks, in rank order, on every rank."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
 def from_first(value: Any) -> Any:
     """Rank 0's value on every rank."""
     box = [value]
