@@ -30,7 +30,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from diffcap_dist.data.shard_format import atomic_write
+from diffcap_dist.data.order import SampleOrder
+from diffcap_dist.data.shard_format import ShardIndex, ShardInfo, atomic_write
 from shards.output import Folder
 from shards.writer import RawSample, ShardSettings, Source, write_dataset
 
@@ -95,6 +96,7 @@ def measure(scratch: Path, num_photos: int, size: tuple[int, int], rounds: int) 
             "ours, 2 workers / 1 worker": speed["ours, 2 workers"] / speed["ours, 1 worker"],
             "resized, 2 workers / 1 worker": speed["ours, resized, 2 workers"] / speed["ours, resized, 1 worker"],
         },
+        "seconds_to_open": {shards: seconds_to_open(scratch, shards) for shards in (1_000, 100_000)},
         "load_average": [load_before, os.getloadavg()[0]],
         "machine": {
             "cpus": len(os.sched_getaffinity(0)),
@@ -103,6 +105,19 @@ def measure(scratch: Path, num_photos: int, size: tuple[int, int], rounds: int) 
         },
         "versions": {name: version(name) for name in ("webdataset", "pillow", "numpy")},
     }
+
+
+def seconds_to_open(scratch: Path, num_shards: int) -> float:
+    """From nothing to an order of samples that can be asked: the index of so many shards of 10,000 samples."""
+    infos = [ShardInfo(f"train-{number:06d}", "train", 10_000, 1, "0" * 64) for number in range(num_shards)]
+    ShardIndex(infos, {}, {}).save(scratch)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        counts = [info.samples for info in ShardIndex.load(scratch).split("train")]
+        SampleOrder(counts, seed=0).sample_at(9 * sum(counts) // 10)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def make_photos(folder: Path, count: int, size: tuple[int, int]) -> list[Path]:
@@ -157,6 +172,7 @@ def as_text(result: dict) -> str:
         low, high = result["range"][name]
         lines.append(f"  {name:26} {speed:8.0f}   ({low:.0f} to {high:.0f})")
     lines += [f"  {name:32} {ratio:.2f}" for name, ratio in result["ratios"].items()]
+    lines += [f"  opening {shards:,} shards: {seconds:.3f} s" for shards, seconds in result["seconds_to_open"].items()]
     before, after = result["load_average"]
     lines.append(f"load average {before:.1f} before, {after:.1f} after; {result['machine']['cpus']} CPUs")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import train_step
+from benchmarks import make_shards, train_step
 from benchmarks.train_step import SIZES, Batch, build, check_same_loss, main, peak_bytes, peaks_apart, write_clip
 from diffcap_dist.diffusion import objective
 
@@ -74,3 +74,13 @@ def test_the_peak_of_the_plain_step_holds_all_logits(clip_folder: Path) -> None:
     peaks = peaks_apart(("ours", "plain"), large, clip_folder, CPU)
     assert peaks["plain"] > 2 * logits_bytes  # and their gradient
     assert peaks["ours"] < logits_bytes
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_make_shards_writes_the_ratios(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "make_shards.json"
+    assert make_shards.main(["--photos", "12", "--size", "300", "280", "--rounds", "1", "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    speed = result["mb_per_second"]
+    assert result["ratios"]["ours / tar cf"] == speed["ours, 1 worker"] / speed["tar cf"]
+    assert set(result["seconds_to_open"]) == {"1000", "100000"} and "ours / ShardWriter" in capsys.readouterr().out
