@@ -220,7 +220,7 @@ def test_index_with_and_without_url(dataset: Path) -> None:
     index.shards[0] = dataclasses.replace(index.shards[0], url="s3://bucket/train-000000.tar")
     index.save(dataset)
     assert ShardIndex.load(dataset) == index
-    with pytest.raises(ValueError, match=r"train-000000 is at s3://bucket.*can't be read yet"):
+    with pytest.raises(ValueError, match=r"train-000000 is at s3://bucket.*only training and evaluation fetch"):
         open_shard(dataset, index.shards[0])
 
 

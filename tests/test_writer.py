@@ -334,25 +334,6 @@ def test_too_many_rejections_end_before_the_index(tmp_path: Path) -> None:
 # ---- an object store ----
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """A bucket on a local S3 server."""
-    moto_server = pytest.importorskip("moto.server")
-    import boto3
-
-    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    environment = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
-    environment |= {"AWS_DEFAULT_REGION": "us-east-1"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        boto3.client("s3").create_bucket(Bucket="captions")
-        yield "s3://captions"
-    server.stop()
-
-
 def test_a_dataset_in_an_object_store_is_the_one_on_disk(bucket: str, tmp_path: Path) -> None:
     write_dataset(source(60), Folder(tmp_path / "here"), FIVE)
     there = f"{bucket}/deep/set"
