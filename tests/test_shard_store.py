@@ -5,6 +5,7 @@ Servers on 127.0.0.1 with faults on order; datasets of a few tiny photos.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -463,7 +464,11 @@ def test_a_dead_parents_lock_is_not_held_by_its_child(server: Server, dataset: P
 
 
 def links_of(pid: int) -> list[str]:
-    return [str(one.readlink()) for one in Path(f"/proc/{pid}/fd").iterdir()]
+    found = []
+    for one in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed while they are listed
+            found.append(str(one.readlink()))
+    return found
 
 
 def test_a_neighbour_that_never_finishes(server: Server, cache: Path) -> None:

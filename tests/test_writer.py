@@ -97,7 +97,7 @@ def test_parts_that_run_at_once_do_not_disturb_each_other(tmp_path: Path) -> Non
         assert contents(many) == contents(tmp_path / "one")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(count=st.integers(1, 40), size=st.integers(1, 12), parts=st.integers(1, 4), kill=st.integers(0, 40))
 def test_totals_add_up_and_parts_agree(
     tmp_path_factory: pytest.TempPathFactory, count: int, size: int, parts: int, kill: int
