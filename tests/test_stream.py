@@ -260,6 +260,7 @@ class Sick(ShardReader):
         return super().photo(shard, sample)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "message"), [("dies", "killed by signal|exited unexpectedly"), ("stalls", "where each of them stands")]
 )
