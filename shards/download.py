@@ -37,7 +37,7 @@ HOST_SILENT = "host does not answer"
 FAILURES = frozenset(
     {DEAD_LINK, SERVER_ERROR, TIMED_OUT, CONNECTION_FAILED, SHORT_BODY, OPTED_OUT, TOO_LARGE, NOT_AN_IMAGE, HOST_SILENT}
 )
-SILENT_AFTER = 4  # attempts at a host in a row without any answer: the rest of its urls is not tried in this run
+SILENT_AFTER = 12  # attempts at a host in a row without any answer: the rest of its urls in this store is not tried
 
 # A fixed number, not the samples of a shard: another --samples-per-shard finds everything in its place again.
 URLS_PER_STORE = 1000

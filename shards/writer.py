@@ -112,13 +112,15 @@ def write_dataset(
     _check_settings(settings, max_rejected, workers, part)
     request = {**source.provenance, **dataclasses.asdict(settings)}
     finished = _finished_index(output, request)
+    if finished is not None and not _leftovers(output, finished):  # nothing to write: it may be read-only by now
+        return Written(finished, already_complete=True, shards_kept=len(finished.shards))
     if finished is None:
         _require_free(output, request)
     with output.reserve(*part):
         with output.merging():  # parts that start together would write one file aside
             finished = _finished_index(output, request)
             if finished is not None:
-                _clean(output, finished)
+                output.delete(_leftovers(output, finished))
                 return Written(finished, already_complete=True, shards_kept=len(finished.shards))
             if output.size(REQUEST_FILE) is None:
                 write_file(output, REQUEST_FILE, _request_bytes(request))
@@ -132,7 +134,7 @@ def write_dataset(
             if index is None and not owed:
                 index = _merge(output, request, reports, source.rejected, max_rejected)
             if index is not None:
-                _clean(output, index)
+                output.delete(_leftovers(output, index))
     return Written(index, already_complete=False, shards_kept=kept)
 
 
@@ -194,19 +196,17 @@ def _require_same(output: Output, found: dict[str, Any], request: dict[str, Any]
     )
 
 
-def _clean(output: Output, index: ShardIndex) -> None:
-    """What interrupted runs left behind, now that the index is there. Files of others (features in the making, their
-    locks) stay."""
+def _leftovers(output: Output, index: ShardIndex) -> list[str]:
+    """What interrupted runs left behind, once the index is there. Files of others (features in the making, their
+    locks) are none."""
     own = {f"{shard.name}{ending}" for shard in index.shards for ending in (".tar", ".idx.npz")}
     own |= {INDEX_FILE, REJECTED_FILE}
-    output.delete(
-        [
-            name
-            for name in output.names()
-            if (name.startswith(f"{UNFINISHED}/") and not name.startswith(f"{UNFINISHED}/lock"))
-            or (name.endswith(".tmp") and name.removesuffix(".tmp") in own)
-        ]
-    )
+    return [
+        name
+        for name in output.names()
+        if (name.startswith(f"{UNFINISHED}/") and not name.startswith(f"{UNFINISHED}/lock"))
+        or (name.endswith(".tmp") and name.removesuffix(".tmp") in own)
+    ]
 
 
 # ---- the plan: which samples make which shard ----

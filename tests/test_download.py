@@ -9,6 +9,7 @@ import hashlib
 import json
 import pickle
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -640,3 +641,16 @@ def test_a_long_list_is_read_as_it_is_used(tmp_path: Path) -> None:
     source = url_list([("train", path)], tmp_path / "downloads", FAST, False)
     assert next(iter(source.samples)).captions == ["caption 0"]
     assert isinstance(source.samples, Iterator)
+
+
+def test_a_host_that_never_answers_is_given_up(tmp_path: Path) -> None:
+    """It takes connections and says nothing: 60 urls of it don't cost 60 times the patience of one."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(100)
+        urls = [f"http://127.0.0.1:{silent.getsockname()[1]}/{number}" for number in range(60)]
+        started = time.monotonic()
+        found = fetch(tmp_path, urls, Limits(timeout_seconds=0.3, attempts=3, backoff_seconds=0.02))
+    assert time.monotonic() - started < 5  # 60 urls x 3 attempts x 0.3 s / 4 at once are 13.5
+    reasons = Counter(outcome[0] for outcome in found.values() if isinstance(outcome, tuple))
+    assert reasons[download.HOST_SILENT] > 40 and set(reasons) <= {download.HOST_SILENT, download.TIMED_OUT}

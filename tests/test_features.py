@@ -27,7 +27,7 @@ from diffcap_dist.data.shard_format import ShardIndex, open_shard
 from shards import features
 from shards.features import compute, import_npy_dir, import_npz
 from shards.output import Folder
-from shards.verification import verify
+from shards.verification import _features_of, verify
 from shards.writer import RawSample, ShardSettings, Source, write_dataset
 from tests.test_image_encoder import saved_clip
 
@@ -507,3 +507,26 @@ def test_workers_end_with_a_parent_that_is_killed(noise: Path, tmp_path: Path) -
     parent.wait()
     kept = compute(noise, str(tmp_path / "clip"), "", False, 1).shards_kept
     assert 1 <= kept < 20 and verify(noise) == [] and not list(noise.glob("*.tmp"))
+
+
+def test_two_runs_may_write_different_features_at_once(dataset: Path, tmp_path: Path) -> None:
+    npz = saved_npz(tmp_path / "f.npz")
+    with ThreadPoolExecutor(4) as pool:  # locks are of open files, so threads stand for processes
+        runs = [pool.submit(import_npz, dataset, npz, f"f{number}") for number in range(4)]
+        assert all(run.result().alignment is not None for run in runs)
+    assert ShardIndex.load(dataset).features.keys() == {"f0", "f1", "f2", "f3"} and verify(dataset) == []
+    assert not list(dataset.glob("unfinished/*"))
+
+
+def test_a_shard_is_verified_with_its_own_feature_files_only(dataset: Path, tmp_path: Path) -> None:
+    """All files of all shards for each shard would be quadratic."""
+    import_npz(dataset, saved_npz(tmp_path / "f.npz"), "f")
+    (info,) = _features_of(ShardIndex.load(dataset), "train-000002")
+    assert info.files.keys() == {"train-000002"}
+
+
+def test_two_runs_do_not_write_the_same_features_at_once(dataset: Path, tmp_path: Path) -> None:
+    npz = saved_npz(tmp_path / "f.npz")
+    with features._alone(dataset, "f"), pytest.raises(ValueError, match="another run is writing"):
+        import_npz(dataset, npz, "f")
+    assert import_npz(dataset, npz, "f").alignment is not None

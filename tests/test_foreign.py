@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -374,3 +375,32 @@ def test_a_url_of_any_file_system(tmp_path: Path) -> None:
 def test_two_urls_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"one name \(0\)"):
         index_tars(["memory://a/0.tar", "memory://b/0.tar"], tmp_path / "out")
+
+
+class _Stumbling(_Quiet):
+    """Answers 503 to the first request of each file."""
+
+    asked: ClassVar[set[str]] = set()
+
+    def do_GET(self) -> None:
+        if self.path in self.asked:
+            return super().do_GET()
+        self.asked.add(self.path)
+        return self.send_error(503)
+
+
+@needs_http
+def test_a_server_in_trouble_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("shards.foreign.time.sleep", waits.append)
+    write_img2dataset(tmp_path / "served", tars=2)
+    _Stumbling.asked.clear()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Stumbling, directory=str(tmp_path / "served")))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    made = index_tars([f"{address}/00000.tar", f"{address}/00001.tar"], tmp_path / "out")
+    assert made.index.num_samples("train") == 8 and waits == [2.0, 2.0]
+    with pytest.raises(BadTar, match="gone"):
+        index_tars([f"{address}/gone.tar"], tmp_path / "other")
+    server.shutdown()
+    server.server_close()

@@ -280,6 +280,8 @@ def test_a_full_disk_is_a_clear_error_and_no_half_files(tmp_path: Path) -> None:
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         with pytest.raises(ValueError, match="Read-only file system"):
             write_dataset(source(), Folder(disk / "new"), FIVE)
+        again = write_dataset(source(200), Folder(disk), ShardSettings(samples_per_shard=20))
+        assert again.already_complete  # there is nothing to write
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
