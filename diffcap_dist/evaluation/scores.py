@@ -32,7 +32,7 @@ REWRITTEN = str.maketrans(
         "‘": "`",
         **dict.fromkeys("“”«»", '"'),
         **dict.fromkeys("–—―‒", "--"),
-        "…": "...",
+        "…": " ... ",
         "\N{SOFT HYPHEN}": "",
         "½": " 1/2 ",
         "¼": " 1/4 ",
@@ -43,6 +43,9 @@ REWRITTEN = str.maketrans(
         "£": "#",
     }
 )
+ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&apos;": "'", "&nbsp;": " "}
+ENTITY = re.compile("|".join(ENTITIES))
+NUMBERED = re.compile(r"(?i)\b(nos?|art|figs?|op|pp|prop)\.\s+(?=\d)")  # "No. 5" keeps its full stop, as "No.5" does
 BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-", '"': "''"}
 ASSIMILATED = "can(?=not)|gon(?=na)|got(?=ta)|wan(?=na)|gim(?=me)|lem(?=me)"
 ABBREVIATIONS = (
@@ -56,15 +59,17 @@ ABBREVIATIONS = (
 TOKEN = re.compile(
     rf"""
       https?://\S+[\w/] | www\.\S+\w
+    | [<>]?[:;=][-o*']?[()DPdpO\\{{@|\[\]](?![a-zA-Z])
     | (?i:(?:{ASSIMILATED})(?=(?:not|na|ta|me)(?![\w'-])))
     | (?i:'t(?=is\b|was\b) | '(?:n'|em\b|til\b|cause\b|n\b) | (?:somethin|dunkin|ol)' | y'(?=[a-z]))
     | (?i:[a-z]+(?:-[a-z]+)*(?=n['`]t(?![a-z])) | n['`]t(?![a-z]) | '(?:s|m|d|ll|re|ve)(?![a-z]))
     | (?<!\w)'\d\ds?(?!\w)
     | (?i:[dlos]'(?!s\b)[a-z]+ | c'mon\b | ma'am\b)
     | (?i:(?:[a-z]\.)+[a-z](?![a-z])\.?(?:-[a-z]+)* | ph\.d\.? | (?:{ABBREVIATIONS})\.(?!\w))
+    | (?i:(?:no|nos|art|figs?|op|pp|prop)\.(?=\d))
+    | (?i:[a-z0-9]+[.,][a-z0-9.,]*(?:-[a-z0-9]+)+) | [^\W_]+(?:-[^\W_]+)*\.(?=[,;])
     | [A-Z]+&[A-Z]+(?![a-z])
     | [\w.+-]*\w@\w+(?:[.-]\w+)* | [@\#][^\W\d]\w*
-    | (?i:(?:no|nos|art|figs?|op|pp|prop)\.(?=\d))
     | [^\W\d_]+(?:[.!?][^\W\d_]+)+
     | [+-]?\d*(?:[.,:]\d+)+ | [+-]\d+(?![\w-])
     | [^\W_]+(?:[-/_][^\W_]+)*
@@ -78,16 +83,20 @@ TOKEN = re.compile(
 def _word_tokens(word: str) -> tuple[str, ...]:
     found = TOKEN.findall(word)
     found = ["..." if t.startswith("...") else "--" if t.startswith("--") else BRACKETS.get(t, t) for t in found]
+    found = ["".join(BRACKETS.get(c, c) for c in t) if t[0] in "<>:;=" else t for t in found]  # emoticons
     return tuple(t for t in map(str.lower, found) if t not in COCO_PUNCTUATION)
 
 
 def tokenize(text: str) -> list[str]:
     """The tokens of COCO's caption evaluation.
 
-    Limits, each against the Java original: what needs the next word is decided without it ("no. 5" loses its
-    full stop), emoticons and markup with spaces inside fall apart, and nothing but English is provided for.
+    Limits, against the Java original: markup ("<b>") and "C++" fall apart, an initial keeps its full stop before a
+    sentence ("J. A dog runs"), and nothing but English is provided for.
     """
-    return [token for word in text.translate(REWRITTEN).split() for token in _word_tokens(word)]
+    if "&" in text:
+        text = ENTITY.sub(lambda found: ENTITIES[found[0]], text)
+    text = NUMBERED.sub(r"\1.", text.translate(REWRITTEN))
+    return [token for word in text.split() for token in _word_tokens(word)]
 
 
 # ---- Counted once, scored often ----
