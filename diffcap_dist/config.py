@@ -45,6 +45,7 @@ class DataConfig:
     captions_per_image: int = 1  # captions of a photo used at each visit; 0 = all of them
     canonical_spans: int = 64
     shuffle_window: int = 4096
+    decode: Literal["fast", "exact"] = "fast"  # JPEGs by torchvision (1 of 255 levels from PIL), or by PIL
     num_workers: int = 2  # loader processes per rank; 0 = in the rank itself
     worker_timeout: float = 10.0  # seconds without a batch of local shards before a stalled worker is an error
     damage: Literal["raise", "replace"] = "raise"  # stop at a damaged sample, or let the next good one stand in

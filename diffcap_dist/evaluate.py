@@ -123,8 +123,8 @@ def score_table(scores: Mapping[str, Any]) -> str:
 
 def _reader(captioner: Captioner, split: str, encoder: ImageEncoder | None) -> ShardReader:
     config = captioner.config
-    transform = encoder.transform if encoder is not None else None
     data = config.data
+    transform = encoder.pixel_transform(exact=data.decode == "exact") if encoder is not None else None
     return ShardReader(data.shards, split, data.features, config.encoder.patches, transform, data.cache, data.cache_gb)
 
 

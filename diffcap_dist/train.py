@@ -345,7 +345,7 @@ def build_data(config: Config, run_dir: RunDir, ranks: Ranks) -> Data:
     data, encoder = config.data, None
     if not data.features:
         encoder = ImageEncoder(config.encoder.name, config.encoder.pretrained).to(ranks.device)
-    transform = encoder.transform if encoder else None
+    transform = encoder.pixel_transform(exact=data.decode == "exact") if encoder else None
     seen = (data.features, config.encoder.patches, transform, data.cache, data.cache_gb)
     train_shards = [one.shards for one in data.train] or data.shards
     readers = [

@@ -30,7 +30,6 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffcap_dist.data.photo import decode_photo
 from diffcap_dist.data.shard_format import (
     FeatureInfo,
     Shard,
@@ -49,6 +48,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from tqdm import tqdm
 
+    from diffcap_dist.data.pixels import PixelTransform
     from diffcap_dist.model.image_encoder import ImageEncoder
 
 Header = tuple[tuple[int, ...], bool, np.dtype]  # of a .npy file: shape, is in Fortran order, type
@@ -389,7 +389,7 @@ def compute(
         weights_sha256=encoder.weights_sha256,
         pooled_dim=encoder.pooled_dim,
         patches=encoder.patches_shape if patches else None,
-        preprocessing=encoder.preprocessing,
+        preprocessing=f"{encoder.preprocessing} | decoded by {encoder.pixel_transform().described}",
         files={},
     )
     with _alone(directory, info.name):
@@ -552,16 +552,16 @@ def _encode_shard(
     pooled_NF = np.empty((len(shard), info.pooled_dim), np.float16)
     patches_NPF = None if info.patches is None else np.empty((len(shard), *info.patches), np.float16)
     start = 0
-    for images_BCHW in _batches(shard, encoder, job.decoders):
+    for pixels_BCHW in _batches(shard, encoder.pixel_transform(), job.decoders):
         with torch.inference_mode():
-            pooled_BF, patches_BPF = encoder(images_BCHW.to(device))
-        rows = slice(start, start + len(images_BCHW))
+            pooled_BF, patches_BPF = encoder(pixels_BCHW.to(device))
+        rows = slice(start, start + len(pixels_BCHW))
         with np.errstate(over="ignore"):  # checked before it is written
             pooled_NF[rows] = pooled_BF.cpu().numpy()
             if patches_NPF is not None:
                 patches_NPF[rows] = patches_BPF.cpu().numpy()
         start = rows.stop
-        count(len(images_BCHW))
+        count(len(pixels_BCHW))
     shard.close()
     registered = info.files.get(shard_info.name, {})
     arrays = {"pooled": pooled_NF} if patches_NPF is None else {"pooled": pooled_NF, "patches": patches_NPF}
@@ -569,23 +569,23 @@ def _encode_shard(
     return {**registered, **_write_arrays(job.directory, shard_info.name, info.name, arrays)}
 
 
-def _batches(shard: Shard, encoder: "ImageEncoder", decoders: int) -> Iterator["Tensor"]:
-    """images_BCHW of the shard in order; the next ones are decoded while the caller encodes these."""
+def _batches(shard: Shard, pixels: "PixelTransform", decoders: int) -> Iterator["Tensor"]:
+    """pixels_BCHW of the shard in order; the next ones are decoded while the caller encodes these."""
     import torch
 
     with ThreadPoolExecutor(decoders) as pool:
 
         def begin(start: int) -> list[Future["Tensor"]]:
             rows = range(start, min(start + BATCH_SIZE, len(shard)))
-            return [pool.submit(_image_1CHW, shard, row, encoder) for row in rows]
+            return [pool.submit(_pixels_CHW, shard, row, pixels) for row in rows]
 
         coming = begin(0)
         for start in range(0, len(shard), BATCH_SIZE):
             images, coming = coming, begin(start + BATCH_SIZE)
-            yield torch.cat([image.result() for image in images])
+            yield torch.stack([image.result() for image in images])
 
 
-def _image_1CHW(shard: Shard, row: int, encoder: "ImageEncoder") -> "Tensor":
+def _pixels_CHW(shard: Shard, row: int, pixels: "PixelTransform") -> "Tensor":
     data = shard.image_bytes(row)
     where = f"{shard.path}: sample {shard.key(row)}"
     if data is None:
@@ -594,10 +594,9 @@ def _image_1CHW(shard: Shard, row: int, encoder: "ImageEncoder") -> "Tensor":
             "--npz FILE or --npy-dir DIR"
         )
     try:
-        image = decode_photo(data)
-    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, zlib.error, ...
+        return pixels(data)
+    except Exception as error:  # decoders raise OSError, RuntimeError, SyntaxError, struct.error, zlib.error, ...
         raise ValueError(f"{where}: its photo can't be decoded ({error}). Make the dataset without it") from error
-    return encoder.load_images([image])
 
 
 # ---- progress: a line for each finished shard ----

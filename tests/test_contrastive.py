@@ -77,13 +77,16 @@ def test_the_exported_folder_is_the_trained_model(
     encoder = ImageEncoder(str(tmp_path / "clip"))
     pixels_BCHW = contrastive.normalised(photos.pixels_NCHW)
     pictures = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in photos.pixels_NCHW]
-    torch.testing.assert_close(encoder.load_images(pictures), pixels_BCHW)
-    assert [contrastive.pixel_transform()(x).equal(y) for x, y in zip(pictures, photos.pixels_NCHW)] == [True] * 12
+    assert encoder.load_images(pictures).equal(photos.pixels_NCHW)
+    assert contrastive.pixel_transform().of_picture(pictures[0]).equal(photos.pixels_NCHW[0])
+    torch.testing.assert_close(encoder.normalised(photos.pixels_NCHW), pixels_BCHW)
     texts = [captions[0] for captions in photos.captions]
     ids_BL = torch.from_numpy(training.tokenizer.encode(texts, training.ids_NCL.shape[-1])[0])
     assert open_clip.get_tokenizer(f"local-dir:{tmp_path / 'clip'}")(texts).tolist() == ids_BL.tolist()
     with torch.no_grad():
-        torch.testing.assert_close(encoder(pixels_BCHW)[0], training.clip.encode_image(pixels_BCHW, normalize=True))
+        torch.testing.assert_close(
+            encoder(photos.pixels_NCHW)[0], training.clip.encode_image(pixels_BCHW, normalize=True)
+        )
         torch.testing.assert_close(encoder.encode_text(texts), training.clip.encode_text(ids_BL, normalize=True))
     assert encoder.patches_shape == (16, 128)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from diffcap_dist.config import DataConfig
 from diffcap_dist.data.captions import CaptionTokenizer
@@ -66,7 +67,7 @@ def test_the_ten_kinds_of_damage(dataset: Path, kind: str) -> None:
     TEN_KINDS[kind](tar_of(dataset))
     damages = verify(dataset)
     assert damages and all("train-000000" in damage for damage in damages)
-    reader = ShardReader(dataset, "train", transform=lambda image: image)  # type: ignore[arg-type, return-value]
+    reader = ShardReader(dataset, "train", transform=lambda data: torch.zeros(1))
     if "header" in kind and "cut" not in kind:
         assert all("at byte" in damage and "sample scene-train" in damage for damage in damages)
         assert [reader.photo(0, i).key for i in range(64)]

@@ -23,6 +23,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffcap_dist.data.photo import decode_photo
 from diffcap_dist.data.shard_format import ShardIndex, open_shard
 from shards import features
 from shards.features import compute, import_npy_dir, import_npz
@@ -328,8 +329,13 @@ def install_encoder(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None,
         def to(self, device: object) -> None:
             pass
 
-        def load_images(self, images: list[Image.Image]) -> torch.Tensor:
-            return torch.tensor([image.width + 100 * image.height for image in images])
+        def pixel_transform(self) -> Callable[[bytes], torch.Tensor]:
+            def number(data: bytes) -> torch.Tensor:
+                image = decode_photo(data)
+                return torch.tensor(image.width + 100 * image.height)
+
+            number.described = "nobody"  # type: ignore[attr-defined]
+            return number
 
         def __call__(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             if fail_at is not None and len(encoded) >= fail_at:

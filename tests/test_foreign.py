@@ -26,14 +26,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from diffcap_dist.data.photo import decode_photo
 from diffcap_dist.data.shard_format import ShardIndex, foreign_record, open_shard
 from diffcap_dist.data.stream import ShardReader, all_records
 from shards.foreign import BAD_RECORD, NO_CAPTION, NO_IMAGE, BadTar, Tar, format_indexed, index_tars, scan_tar
 from shards.verification import verify
 
 
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image))
+def to_tensor(data: bytes) -> torch.Tensor:
+    return torch.from_numpy(np.array(decode_photo(data)))
 
 
 def picture(seed: int, image_format: str = "JPEG") -> bytes:
@@ -93,7 +94,7 @@ def test_img2dataset_tars_read_as_webdataset_reads_them(tmp_path: Path) -> None:
 def test_the_stream_reads_them(tmp_path: Path) -> None:
     write_img2dataset(tmp_path)
     index_tars([str(tmp_path)], split="test")
-    reader = ShardReader(tmp_path, "test", transform=lambda image: torch.from_numpy(np.array(image)))
+    reader = ShardReader(tmp_path, "test", transform=to_tensor)
     assert reader.photo(1, 2).image_CHW.shape == (12, 16, 3)  # type: ignore[union-attr]
     assert [record["captions"] for _, record in all_records(reader)][:2] == [["photo “0” of 0"], ["photo “1” of 0"]]
 

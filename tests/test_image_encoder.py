@@ -35,8 +35,13 @@ def saved_clip(tower: str, folder: Path) -> CLIP:
     return clip
 
 
+def pixels(size: int) -> torch.Tensor:
+    return torch.randint(0, 256, (2, 3, size, size), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+
+
 def images(size: int) -> torch.Tensor:
-    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    """What ``saved_clip``'s preprocessing makes of the pixels."""
+    return (pixels(size) / 255 - 0.5) / 0.25
 
 
 def test_a_vit_gives_its_last_block_and_its_projected_class_token(tmp_path: Path) -> None:
@@ -47,7 +52,7 @@ def test_a_vit_gives_its_last_block_and_its_projected_class_token(tmp_path: Path
     with torch.no_grad():
         projected_BF = clip.encode_image(images(32), normalize=True)
         class_token_BF = clip.visual.ln_post(seen[0])[:, 0] @ clip.visual.proj
-    pooled_BF, patches_BPF = encoder(images(32))
+    pooled_BF, patches_BPF = encoder(pixels(32))
     torch.testing.assert_close(pooled_BF, projected_BF)
     torch.testing.assert_close(pooled_BF, torch.nn.functional.normalize(class_token_BF, dim=-1))
     torch.testing.assert_close(patches_BPF, seen[0][:, 1:])  # row by row, without the class token
@@ -60,7 +65,7 @@ def test_convolutions_give_the_last_map_of_at_least_4x4_cells(
 ) -> None:
     clip = saved_clip(tower, tmp_path / tower)
     encoder = ImageEncoder(str(tmp_path / tower))
-    pooled_BF, patches_BPF = encoder(images(64))
+    pooled_BF, patches_BPF = encoder(pixels(64))
     assert encoder.patches_shape == patches_shape == tuple(patches_BPF.shape[1:])
     with torch.no_grad():
         torch.testing.assert_close(pooled_BF, clip.encode_image(images(64), normalize=True))
@@ -78,7 +83,7 @@ def test_it_is_frozen_but_its_features_can_be_trained_on(tmp_path: Path) -> None
     assert not any(module.training for module in holder[0].modules())
     assert not any(p.requires_grad for p in encoder.parameters())
     projection = torch.nn.Linear(12, 3)
-    projection(encoder(images(32))[0]).sum().backward()
+    projection(encoder(pixels(32))[0]).sum().backward()
     assert projection.weight.grad is not None
 
 
@@ -99,7 +104,16 @@ def test_pictures_of_any_size_and_mode_become_one_batch(tmp_path: Path) -> None:
     grey = Image.fromarray(np.full((40, 90), 255, np.uint8))
     batch_BCHW = encoder.load_images([grey, Image.new("RGBA", (32, 32), (0, 0, 0, 255))])
     assert batch_BCHW.shape == (2, 3, 32, 32)
-    assert batch_BCHW[0].unique().tolist() == [2.0] and batch_BCHW[1].unique().tolist() == [-2.0]
+    assert batch_BCHW[0].unique().tolist() == [255] and batch_BCHW[1].unique().tolist() == [0]
+    assert encoder.normalised(batch_BCHW).flatten(1)[:, 0].tolist() == [2.0, -2.0]
+
+
+def test_floats_and_other_sizes_are_refused(tmp_path: Path) -> None:
+    saved_clip("vit", tmp_path / "vit")
+    encoder = ImageEncoder(str(tmp_path / "vit"))
+    for wrong_BCHW in (images(32), pixels(64)):
+        with pytest.raises(ValueError, match=r"expected uint8 pixels of shape \(B, 3, 32, 32\)"):
+            encoder(wrong_BCHW)
 
 
 @pytest.mark.parametrize(

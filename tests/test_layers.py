@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = {
-    0: ["config", "run_dir", "data.shard_format", "data.photo"],
+    0: ["config", "run_dir", "data.shard_format", "data.photo", "data.pixels"],
     1: [
         "data.order", "data.captions", "data.shard_store",
         "model.denoiser", "model.image_encoder", "diffusion.schedule",
@@ -25,7 +25,7 @@ LAYERS = {
 }  # fmt: skip
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 # protocol builds on scores: both are pure functions over captions.
-WITHIN_A_LAYER = {("run_dir", "config"), ("evaluation.protocol", "evaluation.scores")}
+WITHIN_A_LAYER = {("run_dir", "config"), ("data.pixels", "data.photo"), ("evaluation.protocol", "evaluation.scores")}
 DEEPSPEED_DOOR = {"training.engine"}
 
 

@@ -23,6 +23,7 @@ import torch
 
 from diffcap_dist.config import DataConfig, TrainShards
 from diffcap_dist.data.captions import CaptionTokenizer
+from diffcap_dist.data.photo import decode_photo
 from diffcap_dist.data.shard_format import Shard, ShardDamage, ShardIndex, ShardInfo
 from diffcap_dist.data.stream import (
     Batch,
@@ -105,7 +106,7 @@ def test_evaluation_sees_each_photo_once(scene_shards: Path, world: int) -> None
 
 
 def test_pixels_go_through_the_transform(scene_shards: Path, tokenizer: CaptionTokenizer) -> None:
-    reader = ShardReader(scene_shards, "train", transform=lambda image: torch.tensor(image.size))
+    reader = ShardReader(scene_shards, "train", transform=lambda data: torch.tensor(decode_photo(data).size))
     batch = next(iter(CaptionStream(reader, tokenizer, CONFIG, 0, 4)))
     assert batch.images_NCHW is not None and batch.images_NCHW.tolist() == [[64, 64]] * 4
     assert batch.pooled_NF is None

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
+
+UPRIGHT = 1  # of EXIF's orientations
 
 
 def decode_photo(data: bytes) -> Image.Image:
@@ -24,3 +26,8 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF's number for how the picture is turned; ``UPRIGHT`` where it says nothing."""
+    return int(image.getexif().get(ExifTags.Base.Orientation, UPRIGHT))

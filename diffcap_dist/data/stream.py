@@ -19,19 +19,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from diffcap_dist.config import DataConfig
 from diffcap_dist.data.captions import CaptionTokenizer
 from diffcap_dist.data.order import MixedOrder, Place, SampleOrder, draw, evaluation_positions, rank_positions
-from diffcap_dist.data.photo import decode_photo
 from diffcap_dist.data.shard_format import FeatureInfo, Shard, ShardDamage
 from diffcap_dist.data.shard_store import ShardStore
 from diffcap_dist.training.preemption import reset_in_worker
 
-Transform = Callable[[Image.Image], Tensor]
+Transform = Callable[[bytes], Tensor]  # a photo's bytes -> its pixels
 
 SAMPLES_AHEAD = 4096  # of a rank: how far ahead remote shards are fetched
 MAX_OPEN_SHARDS = 256  # of a reader: each span of the order is in one shard at a time
@@ -184,8 +182,8 @@ class ShardReader:
                 "set data.features to features beside the shards"
             )
         try:
-            return self.transform(decode_photo(data))
-        except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, zlib.error, ...
+            return self.transform(data)
+        except Exception as error:  # decoders raise OSError, RuntimeError, SyntaxError, struct.error, zlib.error, ...
             raise ShardDamage(opened.path, opened.key(sample), f"its photo can't be decoded ({error})") from error
 
 

@@ -1,8 +1,9 @@
-"""The frozen image encoder: images_BCHW -> pooled_BF and patches_BPF, by open_clip.
+"""The frozen image encoder: pixels_BCHW -> pooled_BF and patches_BPF, by open_clip.
 
 In: an open_clip model name with a pretrained tag or weights file, a hub id (``hf-hub:org/model``), or a local folder
-with ``open_clip_config.json`` and weights. Out: features, and what identifies them (a slug for file names, a hash of
-the weights, the preprocessing). Never trains, never writes; text is its business only through ``encode_text``.
+with ``open_clip_config.json`` and weights; then uint8 pixels. Out: features, and what identifies them (a slug for file
+names, a hash of the weights, the preprocessing). Never trains, never writes; text is its business only through
+``encode_text``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import Compose
 
+from diffcap_dist.data.pixels import PixelTransform, parted
+
 # Convolution towers end in maps too coarse to say where things are (2x2 at 64 pixels): patch tokens are taken from
 # the last map with at least 4x4 cells. In a ViT every block has the same grid, so that is its last block.
 MIN_PATCHES = 16
@@ -31,23 +34,28 @@ class ImageEncoder(nn.Module):
     """A frozen CLIP in evaluation mode. ``name``/``pretrained`` as the settings ``encoder.*`` give them."""
 
     clip: Any  # open_clip's models are untyped
+    mean_C11: Tensor
+    std_C11: Tensor
 
     def __init__(self, name: str, pretrained: str = "") -> None:
         super().__init__()
         self._model_name = f"local-dir:{name}" if Path(name).is_dir() else name
         _check_name(self._model_name, pretrained)
         self.source = f"{name}" + (f" / {pretrained}" if pretrained else "")
-        self.clip, self.transform = _load(self._model_name, pretrained)
+        self.clip, transform = _load(self._model_name, pretrained)
         self.clip.eval().requires_grad_(False)
         self.clip.visual.to(memory_format=torch.channels_last)  # halves the time of a convolution tower on a CPU
         self.name = slug(name, pretrained)
         self.weights_sha256 = _weights_sha256(self.clip)
-        self.preprocessing = " | ".join(_described(step) for step in self.transform.transforms)
+        self.preprocessing = " | ".join(_described(step) for step in transform.transforms)
+        self._picture_steps, normalise = parted(transform)
+        self.register_buffer("mean_C11", torch.tensor(normalise.mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std_C11", torch.tensor(normalise.std).view(-1, 1, 1), persistent=False)
         size = self.clip.visual.image_size
         self.image_size: tuple[int, int] = (size, size) if isinstance(size, int) else tuple(size)
         with torch.no_grad():
-            example_BCHW = torch.zeros(1, 3, *self.image_size)
-            maps = self.clip.visual.forward_intermediates(example_BCHW, indices=None)["image_intermediates"]
+            example_BCHW = torch.zeros(1, 3, *self.image_size, dtype=torch.uint8)
+            maps = self.clip.visual.forward_intermediates(example_BCHW.float(), indices=None)["image_intermediates"]
         self._num_last_maps = _maps_from_the_end([m.shape[-2] * m.shape[-1] for m in maps])
         pooled_BF, patches_BPF = self(example_BCHW)
         self.pooled_dim = pooled_BF.shape[1]
@@ -58,9 +66,14 @@ class ImageEncoder(nn.Module):
         return super().train(False)
 
     @torch.no_grad()  # not inference_mode: a trained projection must be able to save the features for its backward
-    def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """images_BCHW (preprocessed by ``transform``) -> L2-normalised pooled_BF and patches_BPF (P = H' x W')."""
-        images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
+    def forward(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 pixels_BCHW (of ``pixel_transform``) -> L2-normalised pooled_BF and patches_BPF (P = H' x W')."""
+        if pixels_BCHW.dtype != torch.uint8 or pixels_BCHW.shape[1:] != (3, *self.image_size):
+            raise ValueError(
+                f"expected uint8 pixels of shape (B, 3, {self.image_size[0]}, {self.image_size[1]}), made by "
+                f"pixel_transform(); got {pixels_BCHW.dtype} {tuple(pixels_BCHW.shape)}"
+            )
+        images_BCHW = self.normalised(pixels_BCHW).contiguous(memory_format=torch.channels_last)
         output = self.clip.visual.forward_intermediates(images_BCHW, indices=self._num_last_maps)
         pooled_BF = nn.functional.normalize(output["image_features"].float(), dim=-1)
         return pooled_BF, output["image_intermediates"][0].flatten(2).transpose(1, 2).float()
@@ -72,9 +85,18 @@ class ImageEncoder(nn.Module):
         device = next(self.clip.parameters()).device
         return self.clip.encode_text(tokens_BL.to(device), normalize=True).float()
 
+    def pixel_transform(self, exact: bool = False) -> PixelTransform:
+        """A photo's bytes -> the uint8 pixels_CHW that ``forward`` takes."""
+        return PixelTransform(self._picture_steps, exact)
+
+    def normalised(self, pixels_BCHW: Tensor) -> Tensor:
+        """What the tower sees of uint8 pixels: the floats of the encoder's own preprocessing."""
+        return (pixels_BCHW.float() / 255 - self.mean_C11) / self.std_C11
+
     def load_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Preprocessed images_BCHW."""
-        return torch.stack([self.transform(image.convert("RGB")) for image in images])
+        """pixels_BCHW of pictures, the exact way."""
+        transform = self.pixel_transform(exact=True)
+        return torch.stack([transform.of_picture(image) for image in images])
 
 
 def slug(name: str, pretrained: str = "") -> str:

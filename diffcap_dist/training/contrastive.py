@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch.nn import functional
 from torch.optim.optimizer import Optimizer
 
 from diffcap_dist.data.captions import SEP, CaptionTokenizer
+from diffcap_dist.data.pixels import PixelTransform, parted
 from diffcap_dist.data.shard_format import atomic_write
 
 IMAGE_SIZE = 64
@@ -66,10 +67,10 @@ class CaptionedPhotos:
             raise ValueError(f"{len(bare) or 'all'} photos have no captions (first: {bare[:1]}): nothing to learn from")
 
 
-def pixel_transform() -> Callable[[Any], Tensor]:
-    """PIL image -> what the encoder sees before normalisation: uint8 CHW, resized by its shorter side and cropped."""
-    unit = image_transform(IMAGE_SIZE, is_train=False, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    return lambda image: (unit(image) * 255).round().to(torch.uint8)
+def pixel_transform() -> PixelTransform:
+    """The exported encoder's: resized by the shorter side and cropped."""
+    steps, _ = parted(image_transform(IMAGE_SIZE, is_train=False))
+    return PixelTransform(steps)
 
 
 class ContrastiveTraining:
