@@ -42,7 +42,7 @@ class DataConfig:
     tokenizer: str = "words"  # 'words' (of the training captions), a folder, or a Hugging Face id
     min_word_count: int = 1  # for 'words': rarer words become [UNK]
     max_length: int = 24  # L; 1.7% of Flickr8k captions are longer, 26% at the paper's 16
-    captions_per_image: int = 1  # captions of a photo used at each visit; 0 = all of them
+    captions_per_image: int = 1  # captions of a photo used at each visit; the next visit goes on with the next ones
     canonical_spans: int = 64
     shuffle_window: int = 4096
     decode: Literal["fast", "exact"] = "fast"  # JPEGs by torchvision (1 of 255 levels from PIL), or by PIL
@@ -198,6 +198,9 @@ def _conflicts(config: Config) -> list[str]:
         % model.num_heads,
         f"training.zero_stage={training.zero_stage}; DeepSpeed knows 0, 1, 2 and 3": training.zero_stage
         not in (0, 1, 2, 3),
+        f"data.captions_per_image={data.captions_per_image}; at least 1 (5 are all of Flickr's)": (
+            data.captions_per_image < 1
+        ),
         f"data.max_length={data.max_length}; at least 2 (one word and [SEP])": data.max_length < 2,
         "all loss weights are zero: set diffusion.rounding_weight or diffusion.restore_weight": not (
             config.diffusion.rounding_weight or config.diffusion.restore_weight

@@ -114,9 +114,10 @@ class Trainer:
             self.data.tokenizer,
             config.data,
             config.seed,
-            self.split.micro,
+            self.split.total,
             ranks.rank,
             ranks.world_size,
+            self.split.micro,
         )
         self.stream.load_state_dict({"samples_seen": self.state.samples_seen})
         self.validation = Validation(

@@ -122,7 +122,7 @@ def batches(dataset: Path, world: int, workers: int, steps: int, **changes: obje
     intact = ShardReader(dataset, "test", "oracle")
     tokenizer = CaptionTokenizer.from_captions(c for _, record in all_records(intact) for c in record["captions"])
     config = dataclasses.replace(CONFIG, num_workers=workers, **changes)  # type: ignore[arg-type]
-    streams = [iter(CaptionStream(reader, tokenizer, config, 5, 8 // world, rank, world)) for rank in range(world)]
+    streams = [iter(CaptionStream(reader, tokenizer, config, 5, 8, rank, world)) for rank in range(world)]
     result = []
     for _ in range(steps):
         rows: list[tuple] = []

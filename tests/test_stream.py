@@ -12,6 +12,7 @@ import shutil
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -20,9 +21,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from diffcap_dist.config import DataConfig, TrainShards
 from diffcap_dist.data.captions import CaptionTokenizer
+from diffcap_dist.data.order import Place
 from diffcap_dist.data.photo import decode_photo
 from diffcap_dist.data.shard_format import Shard, ShardDamage, ShardIndex, ShardInfo
 from diffcap_dist.data.stream import (
@@ -57,7 +61,7 @@ def global_batches(
     config = dataclasses.replace(CONFIG, num_workers=workers)
     streams = []
     for rank in range(world):
-        stream = CaptionStream(reader, tokenizer, config, 5, 8 // world, rank, world)
+        stream = CaptionStream(reader, tokenizer, config, 5, 8, rank, world)
         stream.load_state_dict({"samples_seen": start})
         streams.append(iter(stream))
     result = []
@@ -90,12 +94,21 @@ def test_features_belong_to_their_photo(reader: ShardReader, tokenizer: CaptionT
         np.testing.assert_allclose(pooled_F, by_name[key].astype(np.float16), rtol=1e-3)
 
 
-def test_captions_of_a_visit_differ_and_change_between_visits() -> None:
+def test_captions_of_a_visit_differ_and_photos_begin_with_different_ones() -> None:
     texts = ["a", "b", "c", "d", "e"]
-    picks = [chosen_captions(texts, 3, seed=0, position=p) for p in range(200)]
+    picks = [chosen_captions(texts, 3, 0, Place(0, 0, sample)) for sample in range(400)]
     assert all(len(set(pick)) == 3 for pick in picks)
-    assert {pick[0] for pick in picks} == set(texts)
-    assert sorted(chosen_captions(["a", "b"], 5, 0, 1)) in (["a", "a", "a", "b", "b"], ["a", "a", "b", "b", "b"])
+    assert len(set(map(tuple, picks))) == 20  # five starts, four strides
+    assert max(Counter(pick[0] for pick in picks).values()) < 120
+    assert sorted(chosen_captions(["a", "b"], 5, 0, Place(0, 0, 1))) in (list("aaabb"), list("aabbb"))
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 50), st.integers(0, 99))
+def test_epochs_of_photos_are_epochs_of_captions(n: int, count: int, sample: int, start: int) -> None:
+    """After n visits that take ``count`` of n captions, each was taken ``count`` times; whenever one begins."""
+    texts = [str(i) for i in range(n)]
+    visits = [chosen_captions(texts, count, 7, Place(start + visit, 3, sample)) for visit in range(n)]
+    assert Counter(text for visit in visits for text in visit) == dict.fromkeys(texts, count)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
@@ -145,7 +158,7 @@ def order_hash(reader: ShardReader, tokenizer: CaptionTokenizer, workers: int, w
     config = dataclasses.replace(CONFIG, num_workers=workers, canonical_spans=8)
     streams = []
     for rank in range(world):
-        stream = CaptionStream(reader, tokenizer, config, 5, 24 // world, rank, world)
+        stream = CaptionStream(reader, tokenizer, config, 5, 24, rank, world)
         stream.load_state_dict({"samples_seen": start * 24})
         streams.append(iter(stream))
     digest = hashlib.sha256()

@@ -1,8 +1,8 @@
 """The order of samples: pure arithmetic from one integer, no I/O, no state.
 
 In: sample counts per shard, a seed and a position p = 0, 1, 2, ... (samples over the whole run). Out: which
-(epoch, shard, sample) stands at p, and which positions a rank takes. The answer never depends on the number of
-nodes, ranks or workers, so ``samples_seen`` is the whole state of a run's data.
+(epoch, shard, sample) stands at p, and which positions of a global batch a rank takes. What a global batch holds never
+depends on the number of nodes, ranks or workers, so ``samples_seen`` is the whole state of a run's data.
 
 Every random choice about a sample comes from ``draw(seed, purpose, ...)``: a hash, not a stream of random numbers,
 so any of them can be asked for at any time, in any process.
@@ -46,7 +46,8 @@ def _purpose_key(purpose: str) -> int:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the sample of a position lies: ``sample`` counts inside ``shard``."""
+    """Where the sample of a position lies: ``sample`` counts inside ``shard``; ``epoch``, its dataset's, says how often
+    it was visited before."""
 
     epoch: int
     shard: int
@@ -60,8 +61,7 @@ class SampleOrder:
     spans (the first ``N mod C`` are one longer) and shuffles each span in windows of ``shuffle_window`` samples.
     Position q of the epoch is element ``q // C`` of the span that slot ``q mod C`` stands for; the last, incomplete row
     is dealt to the longer spans, so each epoch holds each sample exactly once. Slots stand for spans in digit-reversed
-    order, so that the slots of one residue class mod W are a run of neighbouring spans: with ``rank_positions``, ranks
-    0, 1, 2, ... read the first, second, third W-th of the line, and a node of neighbouring ranks one piece of it.
+    order, so that any run of positions is spread evenly over the line; ``rank_positions`` gives each rank a part of it.
     """
 
     def __init__(self, counts: Sequence[int], seed: int, canonical_spans: int = 64, shuffle_window: int = 4096) -> None:
@@ -101,6 +101,10 @@ class SampleOrder:
         start = int(ends[at - 1]) if at else 0
         return Place(epoch, int(shard_order[at]), on_line - start)
 
+    def span_at(self, position: int) -> float:
+        """Which part of the line position >= 0 lies in: its span's number over C, in [0, 1)."""
+        return self._span_of_slot[position % self.num_samples % self.canonical_spans] / self.canonical_spans
+
     def _make_line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         shard_order = np.random.default_rng(draw(self.seed, "shards", epoch)).permutation(len(self.counts))
         return shard_order, np.cumsum(self.counts[shard_order])
@@ -126,13 +130,22 @@ class MixedOrder:
         self._first_shard = np.concatenate([[0], np.cumsum([len(order.counts) for order in orders])])
 
     def sample_at(self, position: int) -> Place:
-        """The place of position >= 0; the epoch is the mix's."""
+        """The place of position >= 0."""
+        dataset, own_position = self._own_position(position)
+        place = self.orders[dataset].sample_at(own_position)
+        return Place(place.epoch, int(self._first_shard[dataset]) + place.shard, place.sample)
+
+    def span_at(self, position: int) -> float:
+        """Which part of its dataset's line position >= 0 lies in, in [0, 1)."""
+        dataset, own_position = self._own_position(position)
+        return self.orders[dataset].span_at(own_position)
+
+    def _own_position(self, position: int) -> tuple[int, int]:
         if position < 0:
             raise ValueError(f"position {position} is negative")
         epoch, q = divmod(position, self.num_samples)
         dataset, number = dataset_at(q, self.shares)
-        place = self.orders[dataset].sample_at(epoch * self.shares[dataset] + number)
-        return Place(epoch, int(self._first_shard[dataset]) + place.shard, place.sample)
+        return dataset, epoch * self.shares[dataset] + number
 
 
 def dataset_at(q: int, shares: Sequence[int]) -> tuple[int, int]:
@@ -169,27 +182,23 @@ def _prime_factors(number: int) -> list[int]:
     return factors
 
 
-def rank_positions(start: int, rank: int, world_size: int, canonical_spans: int) -> Iterator[int]:
-    """Endless positions of ``rank`` from global position ``start`` (a multiple of world_size) on.
+def rank_positions(
+    order: SampleOrder | MixedOrder, start: int, rank: int, world_size: int, global_batch_size: int
+) -> Iterator[int]:
+    """Endless positions of ``rank`` from global position ``start`` on: of each global batch, sorted by where on the line
+    its samples lie, the rank-th of ``world_size`` equal parts.
 
-    Those of one residue class mod the world size: the one that reads the rank-th part of the line, where the spans can
-    be parted so; else class ``rank``.
+    So ranks 0, 1, 2, ... read the first, second, third part of each dataset, and a node of neighbouring ranks one
+    piece: exactly where world_size divides the canonical spans; in other worlds, in mixes and where epochs meet, with
+    some spans on two ranks.
     """
-    if start % world_size:
-        raise ValueError(f"start position {start} is not a multiple of the number of ranks {world_size}")
-    position = start + _residue(rank, world_size, canonical_spans)
+    if global_batch_size % world_size:
+        raise ValueError(f"a global batch of {global_batch_size} can't be parted equally among {world_size} ranks")
+    share = global_batch_size // world_size
     while True:
-        yield position
-        position += world_size
-
-
-def _residue(rank: int, world_size: int, canonical_spans: int) -> int:
-    digits, product = [], 1
-    for factor in _prime_factors(canonical_spans):
-        if product < world_size:
-            digits.append(factor)
-            product *= factor
-    return digit_reversal(rank, digits[::-1]) if product == world_size else rank
+        batch = sorted(range(start, start + global_batch_size), key=order.span_at)
+        yield from batch[rank * share : (rank + 1) * share]
+        start += global_batch_size
 
 
 def evaluation_positions(num_samples: int, rank: int, world_size: int) -> range:

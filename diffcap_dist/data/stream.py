@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
+import math
 import os
 import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -207,8 +209,9 @@ class _Positions(Dataset):
         self.config, self.seed = config, seed
 
     def __getitem__(self, position: int) -> tuple[int, Photo, Tensor, list[Damage]]:
-        photo, damages = self._readable(position, self.order.sample_at(position))
-        captions = chosen_captions(photo.record["captions"], self.config.captions_per_image, self.seed, position)
+        place = self.order.sample_at(position)
+        photo, damages = self._readable(position, place)
+        captions = chosen_captions(photo.record["captions"], self.config.captions_per_image, self.seed, place)
         ids_CL, _ = self.tokenizer.encode(captions, self.config.max_length)
         return position, photo, torch.from_numpy(ids_CL), damages
 
@@ -233,7 +236,8 @@ class _Positions(Dataset):
 
 
 class CaptionStream:
-    """Endless batches of one rank. ``samples_seen`` counts over all ranks; set it (``load_state_dict``) to continue."""
+    """Endless batches of one rank: its share of each global batch, in parts of ``micro_batch_size`` (all of it by
+    default). ``samples_seen`` counts over all ranks; set it (``load_state_dict``) to continue."""
 
     def __init__(
         self,
@@ -241,9 +245,10 @@ class CaptionStream:
         tokenizer: CaptionTokenizer,
         config: DataConfig,
         seed: int,
-        batch_size: int,
+        global_batch_size: int,
         rank: int = 0,
         world_size: int = 1,
+        micro_batch_size: int | None = None,
     ) -> None:
         orders = [
             SampleOrder([shard.samples for shard in shards], seed, config.canonical_spans, config.shuffle_window)
@@ -251,17 +256,19 @@ class CaptionStream:
         ]
         self.order = MixedOrder(orders, [one.repeat for one in config.train] or [1.0] * len(orders))
         self.dataset = _Positions(reader, self.order, tokenizer, config, seed)
-        self.config, self.batch_size, self.rank, self.world_size = config, batch_size, rank, world_size
+        self.config, self.rank, self.world_size = config, rank, world_size
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size or global_batch_size // world_size
         self.samples_seen = 0
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches of ``batch_size`` photos from ``samples_seen`` on. The reader of batches advances the counter:
-        what a worker has fetched ahead is not yet seen."""
+        """Batches from ``samples_seen`` on. The reader of batches advances the counter: what a worker has fetched ahead
+        is not yet seen."""
         workers, reader = self.config.num_workers, self.dataset.reader
-        positions = rank_positions(self.samples_seen, self.rank, self.world_size, self.config.canonical_spans)
+        positions = rank_positions(self.order, self.samples_seen, self.rank, self.world_size, self.global_batch_size)
         # A remote shard may take as long as its store allows; it gives up by itself.
         timeout = max(store.deadline_seconds for store in reader.stores) + 10 if reader.is_remote else 0.0
-        batches = _batched(positions, self.batch_size)
+        batches = _batched(positions, self.micro_batch_size)
         loader = DataLoader(
             self.dataset,
             batch_sampler=self._announced(batches) if reader.is_remote else batches,  # type: ignore[arg-type]
@@ -275,7 +282,7 @@ class CaptionStream:
 
     def _announced(self, batches: Iterator[list[int]]) -> Iterator[list[int]]:
         """The same batches; the shards of those to come are fetched to this node meanwhile, in the order of need."""
-        coming = deque(islice(batches, max(1, SAMPLES_AHEAD // self.batch_size)))
+        coming = deque(islice(batches, max(1, SAMPLES_AHEAD // self.micro_batch_size)))
         uses: Counter[int] = Counter()  # of the shards in `coming`, in the order in which they are met first
         for batch in coming:
             uses.update(self._shards_of(batch))
@@ -348,10 +355,22 @@ def all_records(reader: ShardReader, damages: list[ShardDamage] | None = None) -
                 damages.append(damage)
 
 
-def chosen_captions(captions: Sequence[str], count: int, seed: int, position: int) -> list[str]:
-    """``count`` captions of a photo, all different while there are enough; a function of (seed, position)."""
-    start = np.random.default_rng(draw(seed, "caption", position)).permutation(len(captions))
-    return [captions[int(start[i % len(captions)])] for i in range(count)]
+def chosen_captions(captions: Sequence[str], count: int, seed: int, place: Place) -> list[str]:
+    """``count`` captions of a photo at one visit, all different while there are enough.
+
+    Visits go round the captions, from a start and in strides that are the photo's own: n visits that take one of n
+    captions see each once, so that n epochs of photos are one epoch of captions.
+    """
+    n = len(captions)
+    drawn, first = divmod(draw(seed, "caption", place.shard, place.sample), n)
+    stride = _strides_around(n)[drawn % len(_strides_around(n))]
+    return [captions[(first + stride * (place.epoch * count + i)) % n] for i in range(count)]
+
+
+@lru_cache
+def _strides_around(n: int) -> list[int]:
+    """Strides that come by each of n places."""
+    return [stride for stride in range(1, n + 1) if math.gcd(stride, n) == 1]
 
 
 def collate(samples: list[tuple[int, Photo, Tensor, list[Damage]]]) -> Batch:
