@@ -117,6 +117,22 @@ def test_sigterm_to_one_rank_saves_on_all(tiny_config: Path, tmp_path: Path) -> 
     assert len(saved) == 1 and not saved[0].endswith(".tmp")
 
 
+def test_ctrl_c_saves_and_takes_the_loader_workers_along(tiny_config: Path, tmp_path: Path) -> None:
+    """A terminal's SIGINT reaches the run and its workers alike: saved, exit status 0, no traceback, nobody left."""
+    run = RunDir(tmp_path / "run")
+    words = ["training.num_steps=100000", "training.validate_every=100000", "data.num_workers=2"]
+    command = [sys.executable, "-m", "diffcap_dist", "train", str(tiny_config), *words]
+    process = subprocess.Popen(
+        command, env=rank_environment(), start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: any(r["step"] >= 5 for r in run.read_metrics()), process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped by SIGINT" in errors and "Traceback" not in errors, errors[-2000:]
+    assert len(list(run.checkpoints.glob("step_*"))) == 1
+    assert subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True).stdout == ""
+
+
 def wait_until(condition, process: subprocess.Popen, timeout: float = 120) -> None:  # type: ignore[no-untyped-def]
     deadline = time.monotonic() + timeout
     while not condition():

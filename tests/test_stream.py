@@ -324,3 +324,28 @@ def test_one_open_shard_at_a_time_is_enough(uneven: ShardReader, monkeypatch: py
     before = num_files("/proc/self/fd")
     keys = [reader.photo(shard, 0).key for _ in range(3) for shard in range(6)]
     assert len(set(keys)) == 6 and num_files("/proc/self/fd") <= before + 1
+
+
+def test_eight_nodes_fetch_an_eighth_of_the_bytes_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An epoch of 128 shards over http, each node with a cache of its own: what lies in it is what it fetched."""
+    samples = [RawSample(f"p{i}", ["a photo"], "train", "made", None) for i in range(512)]
+    write_dataset(Source(samples, [], {}, []), Folder(tmp_path / "set"), ShardSettings(samples_per_shard=4))
+    monkeypatch.setattr("diffcap_dist.data.stream.SAMPLES_AHEAD", 1)  # no shard of the next epoch
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(tmp_path / "set")))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    tokenizer = CaptionTokenizer.from_captions(["a photo"])
+    everything = sum(path.stat().st_size for path in (tmp_path / "set").glob("train-*"))
+    keys, fetched = [], []
+    for node in range(8):
+        cache = tmp_path / f"node-{node}"
+        url = f"http://127.0.0.1:{server.server_port}"
+        reader = Keys(url, "train", transform=lambda data: torch.zeros(1), cache=str(cache))
+        config = DataConfig(shards="", max_length=4, num_workers=0)
+        stream = CaptionStream(reader, tokenizer, config, seed=1, global_batch_size=64, rank=node, world_size=8)
+        keys += [key for batch in itertools.islice(iter(stream), 7) for key in batch.keys]
+        reader.stores.clear()
+        fetched.append(sum(path.stat().st_size for path in cache.iterdir() if not path.name.startswith("lock-")))
+    server.shutdown()
+    server.server_close()
+    assert len(set(keys)) == 448  # the last eighth of the epoch is fetched ahead
+    assert 0.85 * everything / 8 <= min(fetched) and max(fetched) <= 1.15 * everything / 8

@@ -185,8 +185,8 @@ def _prime_factors(number: int) -> list[int]:
 def rank_positions(
     order: SampleOrder | MixedOrder, start: int, rank: int, world_size: int, global_batch_size: int
 ) -> Iterator[int]:
-    """Endless positions of ``rank`` from global position ``start`` on: of each global batch, sorted by where on the line
-    its samples lie, the rank-th of ``world_size`` equal parts.
+    """Endless positions of ``rank`` from global position ``start`` on: of each global batch, sorted by where on the
+    line its samples lie, the rank-th of ``world_size`` equal parts.
 
     So ranks 0, 1, 2, ... read the first, second, third part of each dataset, and a node of neighbouring ranks one
     piece: exactly where world_size divides the canonical spans; in other worlds, in mixes and where epochs meet, with
