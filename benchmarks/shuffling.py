@@ -9,7 +9,7 @@ webdataset is its own code, on integers in place of tar files: "1 reader" is one
 ``detshuffle`` and ``shuffle(1000)``; "64 readers" are 8 ranks x 8 workers with open_clip's settings, a batch of a rank
 from one worker at a time, ended where the first of them has no more.
 
-A photo is one sample (one position), whatever its number of captions. Letters: N samples, S shards.
+A photo is one sample (one position), whatever its number of captions. N: samples.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ def position_correlation(epoch: np.ndarray, following: np.ndarray, num_samples: 
     """Spearman's: of the ranks of the positions, among the photos that both epochs hold."""
     before, after = positions_of(epoch, num_samples), positions_of(following, num_samples)
     both = (before >= 0) & (after >= 0)
-    ranks = [np.argsort(np.argsort(positions[both])) for positions in (before, after)]
+    ranks = [np.cumsum(np.bincount(positions[both]))[positions[both]] for positions in (before, after)]
     return float(np.corrcoef(*ranks)[0, 1])
 
 
