@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 
@@ -42,6 +42,7 @@ class DataConfig:
     tokenizer: str = "words"  # 'words' (of the training captions), a folder, or a Hugging Face id
     min_word_count: int = 1  # for 'words': rarer words become [UNK]
     max_length: int = 24  # L; 1.7% of Flickr8k captions are longer, 26% at the paper's 16
+    begin_token: bool = False  # caption rows begin with [CLS], as the paper's do
     captions_per_image: int = 1  # captions of a photo used at each visit; the next visit goes on with the next ones
     canonical_spans: int = 64
     shuffle_window: int = 4096
@@ -79,7 +80,13 @@ class ModelConfig:
     fusion: Literal["concat", "add"] = "concat"
     time_embedding: bool = True
     self_conditioning: bool = True
-    x0_from: Literal["logits", "body"] = "logits"  # hat x0: expected embedding under the logits, or the body's output
+    # hat x0: the expected embedding under the logits, the body's output, or that of DistilBERT's head (the paper's)
+    x0_from: Literal["logits", "body", "head"] = "logits"
+    embedding_std: float = 1.0  # of the table's entries; 0 takes a pretrained table as it is (DistilBERT's: about 0.05)
+    position_init_std: float = 0.5  # of a random body; DistilBERT's own is 0.02 (docs/results.md has what that costs)
+    normalize_features: bool = True  # LayerNorm before the image features' projection; the paper has none
+    mask_padding: bool = False  # in training nothing attends to [PAD] (the paper's code); at inference everything does
+    text_token: bool = False  # in training the text feature of the true caption beside the image's (section 5.1)
 
 
 @dataclass
@@ -89,11 +96,21 @@ class DiffusionConfig:
     schedule: Literal["cosine", "sqrt"] = "cosine"
     num_timesteps: int = 1000  # T: the x_1 term is at t = 1/T
     noise_scale: float = 4.0
-    timesteps_per_caption: int = 1
+    noising: Literal["standard", "as_printed"] = "standard"  # noise times sqrt(1 - alpha_bar), or without the root
+    timesteps_per_caption: int = 1  # K; the paper's is 100
+    # over [0, 1] evenly in every batch; K of 1..T without repeats (the paper); the same K for all captions (its code)
+    timesteps: Literal["stratified", "subset", "shared"] = "stratified"
+    shared_noise: bool = False  # one noise for all timesteps of a caption (the paper's code)
+    predict_steps_back: int = 0  # n: x_{t-n} instead of x_0 is predicted (section 5.4: 100)
     restore_loss: Literal["l1", "l2"] = "l2"
     restore_weight: float = 0.0  # weight of |hat x0 - x0| at the drawn timesteps
     first_step_weight: float = 0.0  # weight of the restore term at t = 1/T (the paper's x_1 term)
     rounding_weight: float = 1.0  # lambda
+    dynamic_rounding: float = 0.0  # C: lambda = C L'_simple / L_R after each step (section 5.3); 0 = constant
+    # means; sums over positions (the paper's code, in its two versions); sums over all but captions (equation 5)
+    loss_reduction: Literal["mean", "series_sum_sample_mean", "series_sum", "printed"] = "mean"
+    text_guidance: float = 0.0  # w: (1 + w) f(x, text) - w f(x) in the training loss (section 5.1, model.text_token)
+    text_drop_rate: float = 0.2  # p_uncond: share of captions whose text is left out there
     self_conditioning_rate: float = 0.5
     image_drop_rate: float = 0.1  # share of samples trained without their image (classifier-free guidance)
 
@@ -118,12 +135,14 @@ class OptimizerConfig:
 
     learning_rate: float = 1e-4
     final_learning_rate: float = 5e-5  # where linear, log and cosine end
-    schedule: Literal["constant", "linear", "log", "cosine"] = "cosine"
+    # log: straight in the logarithm of the rate; log_steps: falls with the logarithm of the step
+    schedule: Literal["constant", "linear", "log", "log_steps", "cosine"] = "cosine"
+    hold_steps: int = 1  # steps that a rate is held for; an epoch's, for schedules by epoch
     warmup_steps: int = 100
     beta1: float = 0.9
     beta2: float = 0.98
     weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  # 0 = no clipping
 
 
 @dataclass
@@ -141,6 +160,8 @@ class TrainingConfig:
     validation_images: int = 256  # photos per validation (loss, and BLEU of their captions)
     save_every: int = 1000
     keep_last: int = 2
+    export: Literal["best", "last"] = "best"  # the captioner that is best on validation, or the last one
+    early_stop_ratio: float = 0.0  # stop where validation loss > this x training loss (the paper: 1); 0 = never
 
 
 @dataclass
@@ -163,18 +184,16 @@ class Config:
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Defaults < ``path`` < ``overrides`` (``key.sub=value``). Raises ConfigError naming the setting."""
-    if not path.is_file():
-        raise ConfigError(f"no such config file: {path}")
+    """Defaults < ``path`` < ``overrides`` (``key.sub=value``). Raises ConfigError naming the setting.
+
+    A file may begin with ``base: OTHER.yaml`` (beside it): it then holds only what differs from that one.
+    """
     for word in overrides:
         if not re.fullmatch(r"[\w.]+=.*", word, flags=re.DOTALL):
             raise ConfigError(f"{word!r} is not a setting; write key.sub=value, e.g. training.num_steps=100")
     try:
-        from_file, from_words = (
-            OmegaConf.load(path),
-            OmegaConf.from_dotlist([word + "''" * word.endswith("=") for word in overrides]),
-        )
-        merged = OmegaConf.merge(OmegaConf.structured(Config), from_file, from_words)
+        from_words = OmegaConf.from_dotlist([word + "''" * word.endswith("=") for word in overrides])
+        merged = OmegaConf.merge(OmegaConf.structured(Config), *read_files(path), from_words)
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, path)) from error
@@ -209,9 +228,35 @@ def _conflicts(config: Config) -> list[str]:
             config.sampler.num_inference_steps < 1
         ),
         f"training.ema_decay={training.ema_decay}; it lies in [0, 1)": not 0 <= training.ema_decay < 1,
+        "diffusion.text_guidance needs model.text_token=true": (
+            config.diffusion.text_guidance > 0 and not config.model.text_token
+        ),
+        f"diffusion.predict_steps_back={config.diffusion.predict_steps_back} steps are no part of "
+        f"diffusion.num_timesteps={config.diffusion.num_timesteps}": not (
+            0 <= config.diffusion.predict_steps_back < config.diffusion.num_timesteps
+        ),
+        "diffusion.predict_steps_back > 0 needs model.x0_from=body or head: no word is x_{t-n}": (
+            config.diffusion.predict_steps_back > 0 and model.x0_from == "logits"
+        ),
+        f"diffusion.timesteps=subset can't draw {config.diffusion.timesteps_per_caption} different ones of "
+        f"{config.diffusion.num_timesteps}": (
+            config.diffusion.timesteps == "subset"
+            and config.diffusion.timesteps_per_caption > config.diffusion.num_timesteps
+        ),
         "diffusion.first_step_weight needs diffusion.num_timesteps >= 1": config.diffusion.num_timesteps < 1,
     }
     return [message for message, wrong in checks.items() if wrong]
+
+
+def read_files(path: Path, above: tuple[Path, ...] = ()) -> list[Any]:
+    """The settings of ``path`` behind those of its bases, the most basic first. Raises ConfigError."""
+    if not path.is_file():
+        raise ConfigError(f"no such config file: {path}" + (f" (the base of {above[-1]})" if above else ""))
+    if path.resolve() in above:
+        raise ConfigError(f"{path} is its own base, through {', '.join(map(str, above))}")
+    content = OmegaConf.load(path)
+    base = content.pop("base", None) if isinstance(content, DictConfig) else None
+    return [*(read_files(path.parent / base, (*above, path.resolve())) if base else ()), content]
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -116,3 +116,18 @@ def test_the_front_door(words: list[str], message: str) -> None:
     assert done.returncode == 2
     assert message in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_base_is_read_first(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("run_dir: r\ndata: {shards: s, max_length: 7}\nseed: 3\n")
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "middle.yaml").write_text("base: ../base.yaml\ndata: {max_length: 8}\n")
+    (tmp_path / "top.yaml").write_text("base: deeper/middle.yaml\nseed: 4\n")
+    config = load_config(tmp_path / "top.yaml", ["run_dir=other"])
+    assert (config.run_dir, config.data.shards, config.data.max_length, config.seed) == ("other", "s", 8, 4)
+    (tmp_path / "base.yaml").write_text("base: top.yaml\n")
+    with pytest.raises(ConfigError, match="its own base"):
+        load_config(tmp_path / "top.yaml")
+    (tmp_path / "base.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"no such config file: .*base\.yaml \(the base of .*middle\.yaml\)"):
+        load_config(tmp_path / "top.yaml")
