@@ -1,8 +1,9 @@
 """`diffcap evaluate RUN [key=value ...]`: caption a split of the run's shards and score it, on any number of ranks.
 
 In: a run directory with an exported captioner, and its shards. Out: ``predictions/SPLIT.jsonl``,
-``predictions/emergence.json`` and ``scores.json`` with the floor and human rows. The photos are partitioned exactly, so
-the scores are the same for any number of ranks: `deepspeed --module diffcap_dist.evaluate RUN` shares the work.
+``predictions/emergence.json`` and ``scores.json`` with the floor and human rows, and CLIPScores where the run's CLIP
+can be had. The photos are partitioned exactly, so the scores are the same for any number of ranks:
+`deepspeed --module diffcap_dist.evaluate RUN` shares the work.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,8 +31,8 @@ from diffcap_dist.data.shard_format import atomic_write
 from diffcap_dist.data.stream import Photo, ShardReader, all_records, evaluation_photos
 from diffcap_dist.evaluation import protocol
 from diffcap_dist.evaluation.captioner import Captioner, Draft, about_export, load_captioner
-from diffcap_dist.evaluation.scene_facts import scene_scores
-from diffcap_dist.evaluation.scores import score_captions
+from diffcap_dist.evaluation.clip_score import PROMPT, ClipFeatures, prompted
+from diffcap_dist.evaluation.score_rows import ScoreRows
 from diffcap_dist.evaluation.validation import photo_features
 from diffcap_dist.model.image_encoder import ImageEncoder
 from diffcap_dist.run_dir import RunDir
@@ -40,6 +43,16 @@ log = logging.getLogger("diffcap")
 
 EMERGENCE_PHOTOS = 6
 CONSENSUS_NEIGHBOURS = 30
+CLIP_PHOTOS_AT_ONCE = 32
+
+SCORES = (
+    *("bleu_1", "bleu_2", "bleu_3", "bleu_4", "cider_d", "rouge_l"),
+    *("scene_accuracy", "scene_all_true", "objects_mentioned"),
+)
+TEXT_SCORES = (
+    *("clip_score", "ref_clip_score"),
+    *("distinct_1", "distinct_2", "unique_captions", "mean_length", "repeated_words"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,12 +62,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", default="test", help="which split of the shards (default: test)")
     parser.add_argument("--batch-size", type=int, default=64, help="photos at a time on one rank")
     parser.add_argument("--retrieval", action="store_true", help="also score retrieval from the training features")
+    parser.add_argument(
+        "--no-clip-score", action="store_true", help="do without CLIPScore, which takes a while on CPUs"
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; LOCAL_RANK says it
     args = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     ranks = distributed.init_ranks()
     try:
-        scores = evaluate(RunDir(args.run), args.split, args.settings, args.batch_size, args.retrieval, ranks)
+        scores = evaluate(
+            RunDir(args.run), args.split, args.settings, args.batch_size, args.retrieval, not args.no_clip_score, ranks
+        )
     finally:
         distributed.finish()
     if scores is not None:
@@ -64,7 +82,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(
-    run_dir: RunDir, split: str, settings: Sequence[str], batch_size: int, retrieval: bool, ranks: Ranks
+    run_dir: RunDir,
+    split: str,
+    settings: Sequence[str],
+    batch_size: int,
+    retrieval: bool,
+    clip_score: bool,
+    ranks: Ranks,
 ) -> dict[str, Any] | None:
     """Caption and score; the scores on rank 0, None elsewhere. All ranks enter."""
     run_dir.load_config()
@@ -77,17 +101,20 @@ def evaluate(
     started = time.perf_counter()
     captions, records = _caption_share(captioner, reader, encoder, batch_size, ranks)
     seconds = time.perf_counter() - started
-    gathered = distributed.gather_to_first((captions, records, seconds), ranks)
+    clip = _find_clip(captioner, reader, encoder, ranks) if clip_score else None
+    clip_features = _clip_share(clip, reader, encoder, ranks) if clip else None
+    gathered = distributed.gather_to_first((captions, records, seconds, clip_features), ranks)
     if gathered is None:
         return None
     # Sorted: sums of floats, and so the scores, must not depend on which rank captioned what.
-    captions = dict(sorted(item for part, _, _ in gathered for item in part.items()))
-    records = {key: next(part[key] for _, part, _ in gathered if key in part) for key in captions}
-    slowest = max(seconds for _, _, seconds in gathered)
+    captions = dict(sorted(item for part, _, _, _ in gathered for item in part.items()))
+    records = {key: next(part[key] for _, part, _, _ in gathered if key in part) for key in captions}
+    slowest = max(seconds for _, _, seconds, _ in gathered)
+    rows = _score_rows(records, clip, [part for _, _, _, part in gathered])
     scores = {
         "split": split,
         "photos": len(captions),
-        **_caption_scores(captions, records),
+        **rows.of(captions),
         "num_inference_steps": config.sampler.num_inference_steps,
         "guidance_scale": config.sampler.guidance_scale,
         "candidates": config.sampler.candidates,
@@ -96,29 +123,34 @@ def evaluate(
         "seconds": slowest,
         "captions_per_second": len(captions) / slowest,
         "hardware": _hardware(ranks),
-        **_reference_rows(records, _validation_records(captioner, encoder)),
+        "floor": _floor_row(rows, _validation_records(captioner, encoder)),
+        "human": rows.human(),
     }
     gap = scores["human"]["bleu_4"] - scores["floor"]["bleu_4"]
     scores["gap_closed"] = (scores["bleu_4"] - scores["floor"]["bleu_4"]) / gap
     if retrieval:
-        scores["retrieval"] = _retrieval_rows(captioner, reader, records)
+        scores["retrieval"] = _retrieval_rows(captioner, reader, rows)
     _write(run_dir, split, captions, records, _emergence(captioner, reader, encoder, ranks), scores)
     return scores
 
 
 def score_table(scores: Mapping[str, Any]) -> str:
-    """The scores beside the floor and human rows (and retrieval), as text."""
-    names = [n for n in ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "cider_d", "rouge_l") if n in scores]
-    names += [n for n in ("scene_accuracy", "scene_all_true", "objects_mentioned") if n in scores]
+    """The scores beside the floor and human rows (and retrieval), as text; what the captions are like below them."""
     rows = {"model": scores, "floor": scores["floor"], "human": scores["human"], **scores.get("retrieval", {})}
+    steps = scores["num_inference_steps"]
+    gap = f"gap between floor and human closed, BLEU-4: {scores['gap_closed']:.2f}, in {steps} denoising steps"
+    return "\n".join([*_table(rows, SCORES), "", *_table(rows, TEXT_SCORES), "", gap])
+
+
+def _table(rows: Mapping[str, Mapping[str, Any]], known: Sequence[str]) -> list[str]:
+    """Lines; scores that no row has are left out."""
+    names = [name for name in known if any(name in row for row in rows.values())]
     width = max(map(len, rows))
     lines = [" " * width + "".join(f"  {name:>{max(7, len(name))}}" for name in names)]
     for title, row in rows.items():
         cells = [f"{row[n]:.4f}" if n in row else "-" for n in names]
         lines.append(f"{title:<{width}}" + "".join(f"  {c:>{max(7, len(n))}}" for c, n in zip(cells, names)))
-    steps = scores["num_inference_steps"]
-    lines.append(f"gap between floor and human closed, BLEU-4: {scores['gap_closed']:.2f}, in {steps} denoising steps")
-    return "\n".join(lines)
+    return lines
 
 
 def _reader(captioner: Captioner, split: str, encoder: ImageEncoder | None) -> ShardReader:
@@ -151,32 +183,74 @@ def _caption_share(
     return captions, records
 
 
-def _caption_scores(captions: Mapping[str, str], records: Mapping[str, dict]) -> dict[str, float]:
-    scores = score_captions(captions, {key: records[key]["captions"] for key in captions})
-    if all("scene" in record for record in records.values()):
-        scores |= scene_scores(captions, {key: records[key]["scene"] for key in captions})
-    return scores
+def _find_clip(
+    captioner: Captioner, reader: ShardReader, encoder: ImageEncoder | None, ranks: Ranks
+) -> ImageEncoder | None:
+    """The CLIP that the run sees photos with, for CLIPScore; None, and a line that says why, where it can't be had."""
+    try:
+        clip = encoder or _encoder_of_features(captioner, reader).to(ranks.device)
+        clip.encode_text([PROMPT])
+    except Exception as error:  # no text tower, no tokenizer, no weights: open_clip and the hub raise many kinds
+        if ranks.is_first:
+            log.info("no CLIPScore: %s", (str(error).strip().splitlines() or [type(error).__name__])[0])
+        return None
+    return clip
+
+
+def _encoder_of_features(captioner: Captioner, reader: ShardReader) -> ImageEncoder:
+    info, setting = reader.feature_info, captioner.config.encoder
+    assert info is not None
+    if info.weights_sha256 is None:
+        raise ValueError(f"the features {info.name!r} were imported, so their encoder's text tower is not at hand")
+    encoder = ImageEncoder(setting.name, setting.pretrained)
+    if encoder.weights_sha256 != info.weights_sha256:
+        raise ValueError(f"the features {info.name!r} are of another encoder than encoder.name={encoder.source}")
+    return encoder
+
+
+def _clip_share(
+    clip: ImageEncoder, reader: ShardReader, encoder: ImageEncoder | None, ranks: Ranks
+) -> dict[str, ClipFeatures]:
+    """By key, of this rank's blocks of photos. The blocks are the same for any number of ranks: what stands beside a
+    text in a batch may change the last bit of its features."""
+    features: dict[str, ClipFeatures] = {}
+    num_blocks = math.ceil(sum(reader.counts) / CLIP_PHOTOS_AT_ONCE)
+    blocks = range(ranks.rank, num_blocks, ranks.world_size)
+    for block in tqdm(blocks, disable=not ranks.is_first, unit="block", desc="CLIPScore", dynamic_ncols=True):
+        photos = list(evaluation_photos(reader, block, num_blocks))
+        photo_NF = photo_features(photos, encoder, ranks.device, torch.float32).pooled_NF.cpu().numpy()
+        texts = [photo.record["captions"] for photo in photos]
+        texts_MF = _encode_texts(clip, prompted(text for captions in texts for text in captions))
+        references = np.split(texts_MF, np.cumsum([len(captions) for captions in texts])[:-1])
+        features.update((p.key, ClipFeatures(p_F, r_RF)) for p, p_F, r_RF in zip(photos, photo_NF, references))
+    return features
+
+
+def _encode_texts(clip: ImageEncoder, texts: Sequence[str]) -> np.ndarray:
+    return clip.encode_text(texts).cpu().numpy()
+
+
+def _score_rows(
+    records: Mapping[str, dict], clip: ImageEncoder | None, parts: Sequence[dict[str, ClipFeatures] | None]
+) -> ScoreRows:
+    if clip is None or any(part is None for part in parts):
+        return ScoreRows(records)
+    features = {key: value for part in parts if part is not None for key, value in part.items()}
+    return ScoreRows(records, partial(_encode_texts, clip), features)
 
 
 def _validation_records(captioner: Captioner, encoder: ImageEncoder | None) -> dict[str, dict]:
     return dict(all_records(_reader(captioner, captioner.config.data.val_split, encoder)))
 
 
-def _reference_rows(records: Mapping[str, dict], validation: Mapping[str, dict]) -> dict[str, dict]:
-    """``floor`` (the constant caption that is best on validation) and ``human`` (one reference against the rest)."""
-    references = {key: record["captions"] for key, record in records.items()}
-    val_references = {key: record["captions"] for key, record in validation.items()}
-    caption = protocol.floor_caption(val_references, [c for captions in val_references.values() for c in captions])
-    floor: dict[str, Any] = {"caption": caption, **_caption_scores(dict.fromkeys(references, caption), records)}
-    human = protocol.human_scores(references)
-    if all("scene" in record for record in records.values()):
-        turns = {f"{key}#{i}": (text, key) for key, texts in references.items() for i, text in enumerate(texts)}
-        scenes = {turn: records[key]["scene"] for turn, (_, key) in turns.items()}
-        human |= scene_scores({turn: text for turn, (text, _) in turns.items()}, scenes)
-    return {"floor": floor, "human": human}
+def _floor_row(rows: ScoreRows, validation: Mapping[str, dict]) -> dict[str, Any]:
+    """The row of the constant caption that is best on validation."""
+    references = {key: record["captions"] for key, record in validation.items()}
+    caption = protocol.floor_caption(references, [text for texts in references.values() for text in texts])
+    return {"caption": caption, **rows.of(dict.fromkeys(rows.records, caption))}
 
 
-def _retrieval_rows(captioner: Captioner, reader: ShardReader, records: Mapping[str, dict]) -> dict[str, dict]:
+def _retrieval_rows(captioner: Captioner, reader: ShardReader, rows: ScoreRows) -> dict[str, dict[str, float]]:
     """Captions of the nearest training photos by the same features: what a captioner has to beat."""
     if not captioner.config.data.features:
         raise ValueError("--retrieval needs stored features (data.features): the encoder runs online in this run")
@@ -184,14 +258,14 @@ def _retrieval_rows(captioner: Captioner, reader: ShardReader, records: Mapping[
     queries = list(evaluation_photos(reader))
     train_NF, query_QF = (np.stack([p.pooled_F.numpy() for p in part]) for part in (train, queries))  # type: ignore
     train_captions = [photo.record["captions"] for photo in train]
-    rows = {}
+    found_rows = {}
     for title, neighbours in {
         "nearest neighbour": 1,
         f"consensus of {CONSENSUS_NEIGHBOURS}": CONSENSUS_NEIGHBOURS,
     }.items():
         found = protocol.retrieval_captions(train_NF, train_captions, query_QF, min(neighbours, len(train)))
-        rows[title] = _caption_scores({photo.key: text for photo, text in zip(queries, found)}, records)
-    return rows
+        found_rows[title] = rows.of({photo.key: text for photo, text in zip(queries, found)})
+    return found_rows
 
 
 def _emergence(captioner: Captioner, reader: ShardReader, encoder: ImageEncoder | None, ranks: Ranks) -> list[dict]:

@@ -46,6 +46,15 @@ SCORES = (
     ("scene_all_true", "All facts true", "captions that state nothing false", "{:.1%}"),
     ("objects_mentioned", "Objects mentioned", "of the picture's objects, the share named", "{:.1%}"),
 )
+TEXT_SCORES = (
+    ("clip_score", "CLIPScore", "2.5 × cosine of caption and picture, by the CLIP of this run", "{:.3f}"),
+    ("ref_clip_score", "RefCLIPScore", "and of the nearest reference, harmonic mean", "{:.3f}"),
+    ("distinct_1", "Distinct words", "different words, of all words in all captions", "{:.2%}"),
+    ("distinct_2", "Distinct pairs", "different pairs of words, of all pairs", "{:.2%}"),
+    ("unique_captions", "Unique captions", "different captions, of all captions", "{:.1%}"),
+    ("mean_length", "Length", "words in a caption, mean", "{:.1f}"),
+    ("repeated_words", "Repeated words", "captions with a word twice in a row", "{:.1%}"),
+)
 FORMATS = {key: how for key, _, _, how in SCORES}
 
 T = TypeVar("T")
@@ -245,12 +254,14 @@ def compared(scores: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     }
 
 
-def score_rows(scores: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
+def score_rows(
+    scores: Mapping[str, Any], known: Sequence[tuple[str, str, str, str]] = SCORES
+) -> list[tuple[str, str, list[str]]]:
     """(score, what it is, its value in each column); scores that nobody has are left out."""
     columns = compared(scores).values()
     return [
         (name, meaning, [written(column.get(key), how) for column in columns])
-        for key, name, meaning, how in SCORES
+        for key, name, meaning, how in known
         if any(key in column for column in columns)
     ]
 
@@ -558,6 +569,7 @@ def render(data: RunData) -> str:
         tiles=tiles(data.scores, data.training[-1].get("seconds") if data.training else None),
         compared=list(compared(data.scores)),
         score_rows=score_rows(data.scores),
+        text_rows=score_rows(data.scores, TEXT_SCORES),
         charts=charts(data),
         plot={"width": CHART_WIDTH, "height": CHART_HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM},
         emergences=emergence_cards(data),

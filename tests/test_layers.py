@@ -13,10 +13,12 @@ LAYERS = {
         "data.order", "data.captions", "data.shard_store",
         "model.denoiser", "model.image_encoder", "diffusion.schedule",
         "training.distributed", "training.ema", "training.learning_rate", "training.preemption",
-        "evaluation.scores", "evaluation.protocol", "evaluation.scene_facts",
+        "evaluation.scores", "evaluation.protocol", "evaluation.scene_facts", "evaluation.text_statistics",
+        "evaluation.clip_score",
     ],
     2: [
         "data.stream", "diffusion.objective", "diffusion.sampler", "training.engine", "training.contrastive",
+        "evaluation.score_rows",
     ],
     3: ["training.checkpoint", "evaluation.captioner"],
     4: ["evaluation.validation"],
@@ -24,8 +26,13 @@ LAYERS = {
     6: ["__main__"],
 }  # fmt: skip
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
-# protocol builds on scores: both are pure functions over captions.
-WITHIN_A_LAYER = {("run_dir", "config"), ("data.pixels", "data.photo"), ("evaluation.protocol", "evaluation.scores")}
+# protocol and text_statistics build on scores: all are pure functions over captions.
+WITHIN_A_LAYER = {
+    ("run_dir", "config"),
+    ("data.pixels", "data.photo"),
+    ("evaluation.protocol", "evaluation.scores"),
+    ("evaluation.text_statistics", "evaluation.scores"),
+}
 DEEPSPEED_DOOR = {"training.engine"}
 
 

@@ -230,6 +230,31 @@ def test_the_expected_tokens_are_those_of_java(monkeypatch: pytest.MonkeyPatch) 
     assert java_tokens(texts, monkeypatch) == [tokens for _, tokens in TOKENS]
 
 
+# What captions of other collections hold; {} is a word of the caption.
+ODDITIES = """{}'s {}s' {}, {}. {}... {}… {}!!! {}?! {}., ({}) [{}] "{}" '{}' “{}” ‘{}’ `{}' ``{}'' *{}* _{}_ {},dog {}.dog {}/dog
+    {}--dog {}—dog {}-dog {}:dog {};dog {}&dog {}+dog {}_dog {}...dog isn't don't can't won't he's they're i'm y'all o'clock 'em
+    'cause cannot gonna 'til 2 23 1,000 3.5 1/2 2nd 50's 1920s '80s 5'10" 12" $1.50 20% #23 +5 -5 2x4 10k 3-4 24/7 ½ 5:30pm
+    10_a.m. p.m. 6-year-old No._5 Mr. Dr. St. U.S. D.C. Jr. vs. etc. e.g. Inc. AT&T R&B w/ & @ a@b.com www.abc.com abc.com
+    #tag :) ;-) :-D <3 A+ C++ <b> e-mail McDonald's hip-hop off- -on twenty-one jack-o'-lantern 'n - -- --- – • ® café &amp;
+    &quot;""".split()
+
+
+@needs_java
+def test_odd_captions_have_the_tokens_of_java_but_for_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured: of 20,000, 333 differ by a "<b>" or a "C++", none by anything else."""
+    draw, texts = random.Random(0), []
+    for _ in range(20_000):
+        caption = draw.choice(TOKENS[:1] + TOKENS[6:7] + TOKENS[13:14])[0].split()
+        place = draw.randrange(len(caption))
+        word = caption[place] if caption[place].isalpha() else "grass"
+        oddity = draw.choice(ODDITIES).replace("{}", word).replace("_a.m", " a.m").replace("No._", "No. ")
+        texts.append(" ".join([*caption[:place], oddity, *caption[place + 1 :]]))
+    java = java_tokens(texts, monkeypatch)
+    different = [(text, tokens) for text, tokens in zip(texts, java) if " ".join(tokenize(text)) != tokens]
+    unexplained = [pair for pair in different if "<b>" not in pair[0] and "C++" not in pair[0]]
+    assert len(different) <= 400 and len(unexplained) <= 10, unexplained
+
+
 @needs_java
 @pytest.mark.skipif(not REAL_CAPTIONS.is_file(), reason="needs real captions: set DIFFCAP_DATA")
 def test_real_captions_have_the_tokens_of_java(monkeypatch: pytest.MonkeyPatch) -> None:
