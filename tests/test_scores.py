@@ -231,12 +231,14 @@ def test_the_expected_tokens_are_those_of_java(monkeypatch: pytest.MonkeyPatch) 
 
 
 # What captions of other collections hold; {} is a word of the caption.
-ODDITIES = """{}'s {}s' {}, {}. {}... {}… {}!!! {}?! {}., ({}) [{}] "{}" '{}' “{}” ‘{}’ `{}' ``{}'' *{}* _{}_ {},dog {}.dog {}/dog
-    {}--dog {}—dog {}-dog {}:dog {};dog {}&dog {}+dog {}_dog {}...dog isn't don't can't won't he's they're i'm y'all o'clock 'em
-    'cause cannot gonna 'til 2 23 1,000 3.5 1/2 2nd 50's 1920s '80s 5'10" 12" $1.50 20% #23 +5 -5 2x4 10k 3-4 24/7 ½ 5:30pm
-    10_a.m. p.m. 6-year-old No._5 Mr. Dr. St. U.S. D.C. Jr. vs. etc. e.g. Inc. AT&T R&B w/ & @ a@b.com www.abc.com abc.com
-    #tag :) ;-) :-D <3 A+ C++ <b> e-mail McDonald's hip-hop off- -on twenty-one jack-o'-lantern 'n - -- --- – • ® café &amp;
-    &quot;""".split()
+ODDITIES = """
+    {}'s {}s' {}, {}. {}... {}… {}!!! {}?! {}., ({}) [{}] "{}" '{}' “{}” ‘{}’ `{}' ``{}'' *{}* _{}_ {},dog {}.dog
+    {}/dog {}--dog {}—dog {}-dog {}:dog {};dog {}&dog {}+dog {}_dog {}...dog isn't don't can't won't he's they're
+    i'm y'all o'clock 'em 'cause cannot gonna 'til 2 23 1,000 3.5 1/2 2nd 50's 1920s '80s 5'10" 12" $1.50 20% #23 +5
+    -5 2x4 10k 3-4 24/7 ½ 5:30pm 10_a.m. p.m. 6-year-old No._5 Mr. Dr. St. U.S. D.C. Jr. vs. etc. e.g. Inc. AT&T R&B
+    w/ & @ a@b.com www.abc.com abc.com #tag :) ;-) :-D <3 A+ C++ <b> e-mail McDonald's hip-hop off- -on twenty-one
+    jack-o'-lantern 'n - -- --- – • ® café &amp; &quot;
+""".split()  # noqa: SIM905
 
 
 @needs_java
