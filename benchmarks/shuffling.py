@@ -80,12 +80,13 @@ def epoch_of(order: SampleOrder, epoch: int, num_checked: int = 200) -> np.ndarr
     line += np.arange(num_samples)
     stream = np.empty(num_samples, np.int64)
     for slot, span in enumerate(order._span_of_slot):
-        start, length = int(order._span_start[span]), int(order._span_length[span])
-        places = [
-            line[start + window * order.shuffle_window :][order._make_window(epoch, span, window)]
-            for window in range(-(-length // order.shuffle_window))
-        ]
-        stream[slot::spans] = np.concatenate([*places, np.empty(0, np.int64)])
+        of_span = line[int(order._span_start[span]) : int(order._span_start[span + 1])]
+        places, begin = [np.empty(0, np.int64)], 0
+        while begin < len(of_span):
+            window, _, end = order.window_at(slot, begin)
+            places.append(of_span[begin:end][order._make_window(epoch, slot, window, end - begin)])
+            begin = end
+        stream[slot::spans] = np.concatenate(places)
     chosen = np.random.default_rng(epoch).integers(num_samples, size=num_checked).tolist()
     for q in [0, num_samples - 1, *chosen]:
         place = order.sample_at(epoch * num_samples + q)

@@ -51,6 +51,27 @@ def test_epochs_and_seeds_differ() -> None:
     assert epoch(0, 0) != epoch(0, 1)
 
 
+@given(st.integers(1, 400), st.integers(1, 90), st.integers(1, 20))
+def test_windows_part_each_span_and_none_is_short(total: int, window: int, spans: int) -> None:
+    """Half to one and a half times the size (twice, of a span of one window); ends differ from slot to slot."""
+    order = SampleOrder([total], 0, spans, window)
+    first_ends = []
+    for slot in range(spans):
+        length = len(range(slot, total, spans))
+        begin, numbers = 0, []
+        while begin < length:
+            number, start, end = order.window_at(slot, begin)
+            assert start == begin and order.window_at(slot, end - 1) == (number, start, end)
+            assert min(window, 2 * length) <= 2 * (end - start) <= (3 if end - start < length else 4) * window
+            numbers.append(number)
+            begin = end
+        assert begin == length and numbers == list(range(len(numbers)))
+        if len(numbers) > 2:
+            first_ends.append(order.window_at(slot, 0)[2])
+    if len(first_ends) > 2 and window >= 2 * spans:
+        assert len(set(first_ends)) == len(first_ends)
+
+
 def global_batches(world_size: int, start_step: int, num_steps: int, batch: int = 24) -> str:
     """sha256 of the ordered samples of the global batches, put together from the ranks' own positions."""
     order = SampleOrder(UNEVEN, seed=3, canonical_spans=8, shuffle_window=16)

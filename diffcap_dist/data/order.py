@@ -58,7 +58,7 @@ class SampleOrder:
     """position -> Place, a window at a time: memory O(shards + windows in use), never O(samples).
 
     An epoch permutes the shards, lays their samples in one line, cuts the line into C = ``canonical_spans`` equal
-    spans (the first ``N mod C`` are one longer) and shuffles each span in windows of ``shuffle_window`` samples.
+    spans (the first ``N mod C`` are one longer) and shuffles each span in windows of about ``shuffle_window`` samples.
     Position q of the epoch is element ``q // C`` of the span that slot ``q mod C`` stands for; the last, incomplete row
     is dealt to the longer spans, so each epoch holds each sample exactly once. Slots stand for spans in digit-reversed
     order, so that any run of positions is spread evenly over the line; ``rank_positions`` gives each rank a part of it.
@@ -92,10 +92,9 @@ class SampleOrder:
             raise ValueError(f"position {position} is negative")
         epoch, q = divmod(position, self.num_samples)
         element, slot = divmod(q, self.canonical_spans)
-        span = self._span_of_slot[slot]
-        window, offset = divmod(element, self.shuffle_window)
-        on_line = int(self._span_start[span]) + window * self.shuffle_window
-        on_line += int(self._window(epoch, span, window)[offset])
+        window, start, end = self.window_at(slot, element)
+        on_line = int(self._span_start[self._span_of_slot[slot]]) + start
+        on_line += int(self._window(epoch, slot, window, end - start)[element - start])
         shard_order, ends = self._line(epoch)
         at = int(np.searchsorted(ends, on_line, side="right"))
         start = int(ends[at - 1]) if at else 0
@@ -105,13 +104,29 @@ class SampleOrder:
         """Which part of the line position >= 0 lies in: its span's number over C, in [0, 1)."""
         return self._span_of_slot[position % self.num_samples % self.canonical_spans] / self.canonical_spans
 
+    def window_at(self, slot: int, element: int) -> tuple[int, int, int]:
+        """(number, first element, end) of the window that an element of the slot's span is in.
+
+        Windows end at another element in each slot: were it the same, all spans would need new shards at one moment.
+        A first or last window of less than half the size joins its neighbour, for it would hardly shuffle.
+        """
+        size, length = self.shuffle_window, int(self._span_length[self._span_of_slot[slot]])
+        first_end = size * (slot + 1) // self.canonical_spans
+        if 2 * first_end < size:
+            first_end += size
+        last = max(0, -(-(length - first_end) // size))
+        if last and 2 * (length - first_end - (last - 1) * size) < size:
+            last -= 1
+        number = min(last, 0 if element < first_end else 1 + (element - first_end) // size)
+        start = first_end + (number - 1) * size if number else 0
+        return number, start, length if number == last else first_end + number * size
+
     def _make_line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         shard_order = np.random.default_rng(draw(self.seed, "shards", epoch)).permutation(len(self.counts))
         return shard_order, np.cumsum(self.counts[shard_order])
 
-    def _make_window(self, epoch: int, span: int, window: int) -> np.ndarray:
-        length = min(self.shuffle_window, int(self._span_length[span]) - window * self.shuffle_window)
-        return np.random.default_rng(draw(self.seed, "window", epoch, span, window)).permutation(length)
+    def _make_window(self, epoch: int, slot: int, window: int, length: int) -> np.ndarray:
+        return np.random.default_rng(draw(self.seed, "window", epoch, slot, window)).permutation(length)
 
 
 class MixedOrder:

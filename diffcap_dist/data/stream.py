@@ -34,7 +34,9 @@ from diffcap_dist.training.preemption import reset_in_worker
 Transform = Callable[[bytes], Tensor]  # a photo's bytes -> its pixels
 
 SAMPLES_AHEAD = 4096  # of a rank: how far ahead remote shards are fetched
-MAX_OPEN_SHARDS = 256  # of a reader: each span of the order is in one shard at a time
+# Of a reader, below the usual limit of 1,024 files. C spans in windows of w samples are in C (w / m + 2) shards of m
+# samples at once: 400 at the defaults with shards of 1,000. Opening one costs as much as reading ten samples.
+MAX_OPEN_SHARDS = 768
 
 
 class Damage(NamedTuple):
