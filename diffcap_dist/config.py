@@ -188,12 +188,21 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
     A file may begin with ``base: OTHER.yaml`` (beside it): it then holds only what differs from that one.
     """
-    for word in overrides:
+    return merge_settings([*read_files(path), words_as_settings(overrides)], path)
+
+
+def words_as_settings(words: Sequence[str]) -> Any:
+    """``key.sub=value`` words as a layer for ``merge_settings``. Raises ConfigError."""
+    for word in words:
         if not re.fullmatch(r"[\w.]+=.*", word, flags=re.DOTALL):
             raise ConfigError(f"{word!r} is not a setting; write key.sub=value, e.g. training.num_steps=100")
+    return OmegaConf.from_dotlist([word + "''" * word.endswith("=") for word in words])
+
+
+def merge_settings(layers: Sequence[Any], path: Path) -> Config:
+    """Defaults < each of ``layers`` (nested mappings) in turn. Raises ConfigError naming the setting and ``path``."""
     try:
-        from_words = OmegaConf.from_dotlist([word + "''" * word.endswith("=") for word in overrides])
-        merged = OmegaConf.merge(OmegaConf.structured(Config), *read_files(path), from_words)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), *layers)
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, path)) from error
