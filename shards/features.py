@@ -38,6 +38,7 @@ from diffcap_dist.data.shard_format import (
     atomic_write,
     file_sha256,
     open_shard,
+    references_of,
 )
 from shards.output import UNFINISHED, file_lock
 from shards.sources import npz_names, path_id_of, photo_id_of
@@ -142,7 +143,7 @@ def _measure(directory: Path, index: ShardIndex, info: FeatureInfo) -> Alignment
     count = min(total, MAX_ALIGNMENT_SAMPLES)
     chosen = np.arange(count, dtype=np.int64) * total // count  # of the samples of all shards, one after another
     pooled_NF = np.empty((count, info.pooled_dim), np.float16)
-    captions: list[list[str]] = []
+    records: list[dict[str, Any]] = []
     first = 0
     for shard_info in index.shards:
         begin, end = np.searchsorted(chosen, (first, first + shard_info.samples))
@@ -150,10 +151,14 @@ def _measure(directory: Path, index: ShardIndex, info: FeatureInfo) -> Alignment
             shard = open_shard(directory, shard_info)
             rows = chosen[begin:end] - first
             pooled_NF[begin:end] = shard.features(info)[0][rows]
-            captions += [shard.record(int(row))["captions"] for row in rows]
+            records += [shard.record(int(row)) for row in rows]
             shard.close()
         first += shard_info.samples
-    return alignment(pooled_NF, captions)
+    # Of a photo that is in several splits, with part of its captions in each, one sample: the fit must not know it.
+    once = {record["photo_id"] if "references" in record else row: row for row, record in enumerate(records)}
+    if len(once) < min(count, MIN_ALIGNMENT_SAMPLES):
+        return None
+    return alignment(pooled_NF[list(once.values())], [references_of(records[row]) for row in once.values()])
 
 
 # ---- import ----
@@ -188,7 +193,7 @@ def import_npy_dir(directory: Path, folder: Path, feature_name: str) -> Register
 
 def _import(directory: Path, feature_name: str, rows: _Rows) -> Registered:
     index = ShardIndex.load(directory)
-    first_photo = _require_complete(directory, index, rows)
+    first_photo, num_photos = _require_complete(directory, index, rows)
     shape = _read_row(rows, first_photo, None).shape
     info = FeatureInfo(
         name=feature_name,
@@ -208,20 +213,22 @@ def _import(directory: Path, feature_name: str, rows: _Rows) -> Registered:
     if registered:
         _require_same_files(index.features[feature_name], info)
         return Registered(info, None, already_complete=True, notes=rows.notes)
-    extra = rows.num_photos - sum(shard.samples for shard in index.shards)
+    extra = rows.num_photos - num_photos
     notes = (f"{rows.where} has features of {extra} photos that are not in the dataset",) if extra > 0 else ()
     return Registered(info, _register(directory, info), notes=rows.notes + notes)
 
 
-def _require_complete(directory: Path, index: ShardIndex, rows: _Rows) -> str:
-    """All of the dataset's photos have features. Returns the first photo's id."""
+def _require_complete(directory: Path, index: ShardIndex, rows: _Rows) -> tuple[str, int]:
+    """All of the dataset's photos have features. Returns the first photo's id and how many photos there are."""
     missing, first = 0, None
+    known: set[str] = set()  # a photo may be in several splits
     examples: list[str] = []
     for shard in index.shards:
         photo_ids = _photo_ids(directory, shard)
         first = photo_ids[0] if first is None and photo_ids else first
         lacking = [photo_id for photo_id in photo_ids if photo_id not in rows.place]
         missing += len(lacking)
+        known.update(photo_ids)
         examples += lacking[: 5 - len(examples)]
     if missing:
         if rows.where.is_dir():
@@ -232,7 +239,7 @@ def _require_complete(directory: Path, index: ShardIndex, rows: _Rows) -> str:
         )
     if first is None:
         raise ValueError(f"{directory} has no samples, so there is nothing that features belong to")
-    return first
+    return first, len(known)
 
 
 def _import_shard(directory: Path, shard: ShardInfo, rows: _Rows, shape: tuple[int, ...]) -> dict[str, np.ndarray]:

@@ -69,6 +69,7 @@ class DatasetInfo:
     tokenizer: str
     identical: list[list[tuple[str, str]]]  # (split, key) of the photos of equal bytes, two or more each
     shared_captions: list[tuple[int, str]]  # (photos, caption), two photos or more, most first
+    leaks: dict[str, int]  # split -> how many of its samples are of photos that are in train too
     rejected: dict[str, dict[str, int]]
     features: dict[str, str]
     undecodable: list[str]  # keys; filled only with near duplicates
@@ -83,6 +84,7 @@ class _Record:
     sha256: bytes | None
     size: tuple[int, int] | None
     hash64: int | None
+    shares_photo: bool  # with the sample of this key in another split: captions were split, not photos
 
 
 # ---- info ----
@@ -100,6 +102,7 @@ def dataset_info(
     encode = _tokenizer(tokenizer)
     info = _empty_info(directory, index, tokenizer)
     places: dict[bytes, list[tuple[str, str]]] = {}
+    split_photos: dict[str, list[str]] = {}
     captions: Counter[str] = Counter()
     hashes: dict[str, list[tuple[str, int]]] = {split: [] for split in info.splits}
     read = partial(_read_shard, directory, near_duplicates)
@@ -107,6 +110,8 @@ def dataset_info(
         _add_shard(info, shard, records, encode)
         for record in records:
             captions.update(set(record.captions))
+            if record.shares_photo:
+                split_photos.setdefault(record.key, []).append(shard.split)
             if record.sha256 is not None:
                 places.setdefault(record.sha256, []).append((shard.split, record.key))
             if record.hash64 is not None:
@@ -116,6 +121,7 @@ def dataset_info(
         if progress is not None:
             progress(shard.bytes)
     info.identical = [found for found in places.values() if len(found) > 1]
+    info.leaks = _leaks(info.identical, split_photos)
     info.shared_captions = [(count, text) for text, count in captions.most_common() if count > 1]
     if near_duplicates:
         info.near_twins = _all_near_twins(hashes)
@@ -129,7 +135,14 @@ def _empty_info(directory: Path, index: ShardIndex, tokenizer: str) -> DatasetIn
         features[name] = f"width {feature.pooled_dim}{patches}, of {feature.source}"
     rejected = index.provenance.get("counts", {}).get("rejected", {})
     splits = {split: SplitFacts() for split in index.splits()}
-    return DatasetInfo(directory, splits, Counter(), tokenizer, [], [], rejected, features, [], None)
+    return DatasetInfo(directory, splits, Counter(), tokenizer, [], [], {}, rejected, features, [], None)
+
+
+def _leaks(identical: list[list[tuple[str, str]]], split_photos: dict[str, list[str]]) -> dict[str, int]:
+    """By the photos' bytes, and where there are none by the keys of photos whose captions were split."""
+    groups = [*identical, *([(split, key) for split in splits] for key, splits in split_photos.items())]
+    leaking = {place for group in groups if TWIN_SPLIT in dict(group) for place in group if place[0] != TWIN_SPLIT}
+    return dict(sorted(Counter(split for split, _ in leaking).items()))
 
 
 def _tokenizer(name: str) -> "CaptionTokenizer":
@@ -152,7 +165,8 @@ def _read_shard(directory: Path, hashed: bool, info: ShardInfo) -> list[_Record]
             hash64 = _hash_of_bytes(image) if hashed else None
         width, height = record.get("width"), record.get("height")
         pixels = (width, height) if width and height else None
-        records.append(_Record(shard.key(sample), record["captions"], size, sha256, pixels, hash64))
+        shares = "references" in record
+        records.append(_Record(shard.key(sample), record["captions"], size, sha256, pixels, hash64, shares))
     shard.close()
     return records
 
@@ -238,7 +252,7 @@ def _all_near_twins(hashes: dict[str, list[tuple[str, int]]]) -> list[NearTwins]
 
 
 def format_info(info: DatasetInfo) -> str:
-    parts = [f"{info.directory}", _split_lines(info), _length_lines(info), _duplicate_lines(info)]
+    parts = [f"{info.directory}", *_leak_lines(info), _split_lines(info), _length_lines(info), _duplicate_lines(info)]
     if info.near_twins is not None:
         parts.append(_twin_lines(info, info.near_twins))
     rejected = [f"  {why}: {one['photos']} photos, {one['captions']} captions" for why, one in info.rejected.items()]
@@ -256,6 +270,13 @@ def _split_lines(info: DatasetInfo) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     return "\n".join(lines)
+
+
+def _leak_lines(info: DatasetInfo) -> list[str]:
+    if not info.leaks:
+        return []
+    shares = [f"{count:,} of {info.splits[split].samples:,} {split} photos" for split, count in info.leaks.items()]
+    return [f"THE SPLITS LEAK: {', '.join(shares)} are in {TWIN_SPLIT} too. Scores on them are not of unseen photos."]
 
 
 def _split_row(split: str, facts: SplitFacts) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from shards.sources import Given
     from shards.writer import Source, Written
 
-SPLIT_GRAMMAR = "FILE|DIR|official|karpathy|random:SEED|train|val|test"
+SPLIT_GRAMMAR = "FILE|DIR|official|karpathy|random:SEED|rows:SEED|train|val|test"
 MAX_REJECTED, MAX_REJECTED_URLS = 0.01, 0.5  # of what the web promised, much is gone
 DATASETS = {
     "flickr8k": "Flickr8k: photos, and captions.txt or Flickr8k.token.txt",

@@ -18,7 +18,7 @@ import numpy as np
 
 from diffcap_dist.data.shard_format import file_sha256
 from shards.caption_files import CaptionFile, read_captions
-from shards.splits import RESTVAL, SPLITS, read_splits
+from shards.splits import RESTVAL, ROWS, SPLITS, Splits, read_splits, row_splits
 from shards.writer import RawSample, Rejected, Source
 
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
@@ -90,14 +90,21 @@ def folder(given: Given) -> Source:
 
 
 def flickr30k_8k(given30k: Given, given8k: Given) -> Source:
-    """Both as one, by Flickr's photo number: each photo once, and no val or test photo of either in train."""
+    """Both as one, by Flickr's photo number: each photo once, and no val or test photo of either in train.
+
+    Split by caption rows, as the published code of CLIP-Diffusion-LM did it: nothing is matched, a photo of both is in
+    twice.
+    """
+    if given30k.split.startswith(ROWS) != given8k.split.startswith(ROWS):
+        raise ValueError(f"one dataset is split {ROWS}SEED, the other {given30k.split!r} / {given8k.split!r}: take one")
     captions30k, captions8k = read_captions(given30k.captions), read_captions(given8k.captions)
     photos30k, photos8k = find_photos(given30k, {"."}), find_photos(given8k, {"."})
     if photos30k.where == photos8k.where:
         photos30k, photos8k = _share(photos30k, captions30k, captions8k)
     f30k = _join("flickr30k", given30k, captions30k, photos30k, photo_id_of)
     f8k = _join("flickr8k", given8k, captions8k, photos8k, photo_id_of)
-    samples, rejected, notes = unite(f30k, f8k)
+    unite_them = put_together if given30k.split.startswith(ROWS) else unite
+    samples, rejected, notes = unite_them(f30k, f8k)
     return Source(
         samples=samples,
         rejected=[*f30k.source.rejected, *f8k.source.rejected, *rejected],
@@ -235,19 +242,19 @@ def _join(name: str, given: Given, captions: CaptionFile, photos: Photos, id_of:
     rejected = [dataclasses.replace(one, photo_id=id_of(one.photo_id)) for one in captions.rejected]
     texts, files, duplicates = _one_of_each(captions.captions, photos.names, id_of)
     missing = _missing(texts, files, photos.where, given.allow_missing)
-    splits = read_splits(given.split, given.captions, list(texts), id_of, captions.splits, _karpathy_name(name))
-    samples, outside = [], []
-    for photo_id in (one for one in texts if texts[one] and one in files):
-        split = splits.of.get(photo_id)
-        num_captions = len(texts[photo_id])
-        if split is None:
-            outside.append(Rejected(photo_id, NOT_IN_SPLIT, 1, num_captions, by_choice=True))
-        elif split == RESTVAL and not given.restval:
-            outside.append(Rejected(photo_id, LEFT_OUT_RESTVAL, 1, num_captions, by_choice=True))
-        else:
-            image = (photos.where / files[photo_id]).read_bytes if photos.hold_bytes else None
-            split = "train" if split == RESTVAL else split
-            samples.append(RawSample(photo_id, texts[photo_id], split, name, image))
+    kept = [
+        RawSample(photo_id, found, "", name, (photos.where / files[photo_id]).read_bytes if photos.hold_bytes else None)
+        for photo_id, found in texts.items()
+        if found and photo_id in files
+    ]
+    if given.split.startswith(ROWS):
+        splits = Splits({}, given.split)
+        samples, outside = _split_by_rows(
+            kept, row_splits({one: len(found) for one, found in texts.items()}, given.split)
+        )
+    else:
+        splits = read_splits(given.split, given.captions, list(texts), id_of, captions.splits, _karpathy_name(name))
+        samples, outside = _split_by_photo(kept, splits, given.restval)
     provenance = {
         "command": name,
         "captions": captions.sha256,
@@ -255,9 +262,45 @@ def _join(name: str, given: Given, captions: CaptionFile, photos: Photos, id_of:
         "split": splits.provenance,
         **({"restval": True} if given.restval else {}),
     }
-    notes = [*captions.notes, *photos.notes, *_split_notes(splits.of, texts, given.restval)]
+    notes = [*captions.notes, *photos.notes, *_split_notes(splits.of, texts, given.restval), *_leak_notes(samples)]
     rejected += [*duplicates, *missing, *outside]
     return Joined(Source(samples, rejected, provenance, notes), samples, splits.of)
+
+
+def _split_by_photo(samples: list[RawSample], splits: Splits, restval: bool) -> tuple[list[RawSample], list[Rejected]]:
+    inside, outside = [], []
+    for sample in samples:
+        split = splits.of.get(sample.photo_id)
+        if split is None or (split == RESTVAL and not restval):
+            reason = NOT_IN_SPLIT if split is None else LEFT_OUT_RESTVAL
+            outside.append(Rejected(sample.photo_id, reason, 1, len(sample.captions), by_choice=True))
+        else:
+            inside.append(dataclasses.replace(sample, split="train" if split == RESTVAL else split))
+    return inside, outside
+
+
+def _split_by_rows(samples: list[RawSample], splits: dict[str, list[str]]) -> tuple[list[RawSample], list[Rejected]]:
+    """A photo in each split that has captions of it, with those; all of its captions stay with it as references."""
+    found = []
+    for sample in samples:
+        rows = list(zip(splits[sample.photo_id], sample.captions))
+        for split in sorted({split for split, _ in rows}, key=SPLITS.index):
+            captions = [caption for of_split, caption in rows if of_split == split]
+            found.append(dataclasses.replace(sample, split=split, captions=captions, references=sample.captions))
+    return found, []
+
+
+def _leak_notes(samples: list[RawSample]) -> list[str]:
+    """What a split by caption rows does."""
+    photos = {split: {one.photo_id for one in samples if one.split == split and one.references} for split in SPLITS}
+    rows = {split: sum(len(one.captions) for one in samples if one.split == split) for split in SPLITS}
+    if not any(photos.values()):
+        return []
+    return [
+        f"split by caption rows: {rows['train']} in train, {rows['val']} in val. IT LEAKS: "
+        f"{len(photos['train'] & photos['val'])} of {len(photos['val'])} val photos are train photos too. "
+        "Photos are counted in each split they are in"
+    ]
 
 
 def _karpathy_name(dataset: str) -> str:
@@ -353,6 +396,13 @@ def unite(f30k: Joined, f8k: Joined) -> tuple[list[RawSample], list[Rejected], l
             f"{moves.total()} photos are in another split because of the other dataset{moved}",
         ],
     )
+
+
+def put_together(f30k: Joined, f8k: Joined) -> tuple[list[RawSample], list[Rejected], list[str]]:
+    """The samples of both, each under its own id: what both have is in twice."""
+    numbers30k, numbers8k = ({flickr_number(one.photo_id) for one in joined.samples} for joined in (f30k, f8k))
+    twice = f"{len(numbers30k & numbers8k)} photos are in twice, once from each dataset"
+    return [*f30k.samples, *f8k.samples], [], [twice]
 
 
 def joint_splits(datasets: list[dict[str, str]]) -> dict[int, str]:

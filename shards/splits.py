@@ -3,7 +3,8 @@
 `train`, `val` or `test` (all photos in that one), `random:SEED` (80/10/10), `official` (Flickr8k's own lists),
 `karpathy` (his JSON: the captions file itself, or beside it), a FILE (lines `name.jpg split`, or such a JSON), a
 DIR with lists of photos (f30k_train.txt, f30k_val.txt, f30k_test.txt) or DIR/f30k where it holds several sets of
-lists. It names the files that were read and decides nothing about photos that are in no split.
+lists. `rows:SEED` alone splits captions instead of photos (`row_splits`). It names the files that were read and decides
+nothing about photos that are in no split.
 """
 
 import dataclasses
@@ -18,7 +19,8 @@ from shards.caption_files import SPLIT_NAME, is_karpathy, karpathy_images, numbe
 
 SPLITS = ("train", "val", "test")
 RESTVAL = "restval"  # COCO's validation photos that Karpathy's val and test don't use
-GRAMMAR = "FILE|DIR|official|karpathy|random:SEED|train|val|test"
+GRAMMAR = "FILE|DIR|official|karpathy|random:SEED|rows:SEED|train|val|test"
+ROWS = "rows:"
 OFFICIAL = "Flickr_8k"
 LIST_FILE = re.compile(r"(?:(.*)[_.-])?(train|val|dev|test)(?:Images)?\.txt")
 
@@ -68,6 +70,24 @@ def random_splits(photo_ids: list[str], seed: int) -> dict[str, str]:
     return split_of
 
 
+def row_splits(num_captions: dict[str, int], split: str) -> dict[str, list[str]]:
+    """The split of each caption of each photo, by `rows:SEED`: 80/20 of the rows (photo, caption) into train and val.
+
+    The published code of CLIP-Diffusion-LM draws its validation set so. Most photos are then in both, and a score on
+    val is one on photos that were trained on: for comparison with that code only.
+    """
+    rows = [photo_id for photo_id in sorted(num_captions) for _ in range(num_captions[photo_id])]
+    num_train = int(0.8 * len(rows))
+    if num_train == 0:
+        raise ValueError(f"--split {split}: {len(rows)} captions are too few for 80/20")
+    is_train = np.zeros(len(rows), bool)
+    is_train[np.random.RandomState(_seed(split)).permutation(len(rows))[:num_train]] = True
+    splits: dict[str, list[str]] = {photo_id: [] for photo_id in num_captions}
+    for photo_id, in_train in zip(rows, is_train.tolist()):
+        splits[photo_id].append("train" if in_train else "val")
+    return splits
+
+
 def read_split_file(path: Path, id_of: Callable[[str], str]) -> dict[str, str]:
     """Lines `name.jpg split`, or Karpathy's JSON."""
     text = read_text(path)
@@ -96,9 +116,9 @@ def _line_pairs(path: Path, text: str) -> Iterator[tuple[str, str]]:
 
 
 def _seed(split: str) -> int:
-    seed = split.removeprefix("random:")
+    kind, _, seed = split.partition(":")
     if not re.fullmatch(r"[0-9]+", seed) or int(seed) >= 2**32:
-        raise ValueError(f"--split {split}: the seed must be a whole number below 2^32, e.g. random:0")
+        raise ValueError(f"--split {split}: the seed must be a whole number below 2^32, e.g. {kind}:0")
     return int(seed)
 
 

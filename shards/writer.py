@@ -43,6 +43,7 @@ class RawSample:
     image: Callable[[], bytes] | None
     scene: dict[str, Any] | None = None  # ground truth of a rendered picture
     url: str | None = None
+    references: list[str] | None = None  # all captions of the photo, where `captions` are those of this split only
 
 
 class Unavailable(ValueError):
@@ -229,7 +230,8 @@ def _chunks(samples: Iterable[RawSample], samples_per_shard: int) -> Iterator[tu
 
 
 def _check(sample: RawSample, seen: set[int]) -> None:
-    identity = hash(sample.photo_id)  # 64 bits: millions of ids fit into memory
+    # A photo whose captions are split, and no other, is in several splits. 64 bits: millions of ids fit into memory.
+    identity = hash(sample.photo_id if sample.references is None else (sample.split, sample.photo_id))
     if identity in seen:
         raise ValueError(f"{sample.source}: photo {sample.photo_id!r} comes twice. Make the photo ids unique")
     seen.add(identity)
@@ -358,6 +360,7 @@ def sample_members(sample: RawSample, settings: ShardSettings) -> dict[str, byte
     record: dict[str, Any] = {
         "photo_id": sample.photo_id,
         "captions": sample.captions,
+        **({} if sample.references is None else {"references": sample.references}),
         "split": sample.split,
         "source": sample.source,
         "width": photo.width if photo else None,

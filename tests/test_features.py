@@ -311,6 +311,21 @@ def test_large_sets_are_sampled_evenly_over_all_shards(dataset: Path, monkeypatc
     assert captions == [made_captions(0)[i] for i in chosen]
 
 
+def test_a_photo_in_two_splits_is_measured_once(tmp_path: Path) -> None:
+    """Else the fit would know its features, and rows that are shifted would seem to match."""
+    captions = made_captions(0)
+    samples = [
+        RawSample(str(i), [text], split, "made", None, references=texts)
+        for i, texts in enumerate(captions)
+        for split, text in zip(("train", "val"), texts)
+    ]
+    write_dataset(Source(samples, [], {"command": "x"}, []), Folder(tmp_path), ShardSettings(), workers=1)
+    made = import_npz(tmp_path, saved_npz(tmp_path / "a.npz"), "fits")
+    assert made.alignment == features.alignment(FITTING_NF.astype(np.float16), captions)
+    with pytest.raises(ValueError, match="don't fit the captions"):
+        import_npz(tmp_path, saved_npz(tmp_path / "b.npz", image_features=np.roll(FITTING_NF, 1, axis=0)), "shifted")
+
+
 # ---- computed, in this process ----
 
 

@@ -30,6 +30,7 @@ from diffcap_dist.data.shard_format import (
     atomic_write,
     file_sha256,
 )
+from shards import make_shards
 from shards.foreign import index_tars
 from shards.inspection import (
     MAX_TWIN_DISTANCE,
@@ -165,6 +166,25 @@ def test_info_as_text(dataset: Path) -> None:
         r"   1-3  #{40}  \d+",
     ):
         assert re.search(line, text, re.MULTILINE), f"{line}\n{text}"
+
+
+def test_a_photo_in_two_splits_is_said_first(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By its bytes; and where there are no photos by its key, if it is its captions that were split."""
+    first = "THE SPLITS LEAK: {} are in train too. Scores on them are not of unseen photos."
+    info = dataset_info(dataset)
+    assert info.leaks == {"test": 1}
+    assert format_info(info).split("\n\n")[1] == first.format("1 of 5 test photos")
+    captions = tmp_path / "captions.csv"
+    captions.write_text("image,caption\n" + "".join(f"{i}.jpg,caption {j}\n" for i in range(6) for j in range(5)))
+    np.savez(tmp_path / "f.npz", names=np.array([f"{i}.jpg" for i in range(7)]), features=np.ones((7, 4)))
+    where = ["--captions", str(captions), "--npz", str(tmp_path / "f.npz"), "--allow-missing"]
+    for split, counts in (("rows:0", {"val": 5}), ("train", {})):
+        out = tmp_path / split.partition(":")[0]
+        assert make_shards.main(["flickr8k", *where, "--split", split, "--out", str(out)]) == 0
+        assert "f.npz has features of 1 photos that are not in the dataset" in capsys.readouterr().out
+        info = dataset_info(out)
+        assert info.leaks == counts and ("THE SPLITS LEAK" in format_info(info)) == bool(counts)
+    assert make_shards.main(["verify", str(tmp_path / "rows"), "--workers", "1"]) == 0
 
 
 def test_different_drawings_are_no_twins() -> None:

@@ -5,6 +5,7 @@ DIFFCAP_DATA names their folder.
 """
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from shards import sources
 from shards.caption_files import BLANK_CAPTION, NOT_UTF8, read_captions
 from shards.sources import Given, photo_id_of
-from shards.splits import SPLITS, random_splits, read_split_file, read_splits
+from shards.splits import SPLITS, random_splits, read_split_file, read_splits, row_splits
 from shards.writer import RawSample, Rejected, Source
 
 captions_text = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1, max_size=40).filter(
@@ -683,6 +684,68 @@ def test_the_union_never_trains_on_a_held_out_photo(
         assert sample.split == next(split for split in ("test", "val", "train") if split in both)
         assert sample.source == ("flickr30k" if splits30k.get(number) else "flickr8k")
     assert totals(source) == (len(splits30k) + len(splits8k), 2 * (len(splits30k) + len(splits8k)))
+
+
+# ---- split by caption rows ----
+
+row_counts = st.dictionaries(photo_names.map(photo_id_of), st.integers(0, 6), min_size=1).filter(
+    lambda counts: sum(counts.values()) > 1
+)
+
+
+@given(row_counts, st.integers(0, 2**32 - 1))
+def test_rows_are_split_80_to_20_by_the_seed_alone(counts: dict[str, int], seed: int) -> None:
+    split_of = row_splits(counts, f"rows:{seed}")
+    assert {one: len(splits) for one, splits in split_of.items()} == counts
+    drawn = [split for splits in split_of.values() for split in splits]
+    assert drawn.count("train") == int(0.8 * len(drawn)) and drawn.count("val") == len(drawn) - drawn.count("train")
+    backwards = dict(reversed(counts.items()))
+    assert row_splits(backwards, f"rows:{seed}") == split_of
+
+
+def test_another_seed_splits_other_rows() -> None:
+    counts = {f"{i}": 5 for i in range(100)}
+    assert row_splits(counts, "rows:0") != row_splits(counts, "rows:1")
+    for split, message in (("rows:x", "whole number below 2^32, e.g. rows:0"), ("rows:", "e.g. rows:0")):
+        with pytest.raises(ValueError, match=message.replace("^", r"\^")):
+            row_splits(counts, split)
+    with pytest.raises(ValueError, match="1 captions are too few for 80/20"):
+        row_splits({"a": 1}, "rows:0")
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@given(rows=st.lists(st.tuples(photo_names, captions_text), min_size=2, max_size=20), seed=st.integers(0, 9))
+def test_each_row_is_in_one_split_and_each_photo_has_all_its_captions_as_references(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], seed: int
+) -> None:
+    folder = tmp_path_factory.mktemp("rows")
+    unique = {photo_id_of(name): name for name, _ in rows}
+    rows = [(unique[photo_id_of(name)], caption) for name, caption in rows]
+    with (folder / "c.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("image", "caption"), *rows])
+    images = made(folder / "photos", list(unique.values()))
+    samples = samples_of(sources.flickr8k(Given(folder / "c.csv", f"rows:{seed}", images=images)))
+    texts = {photo_id_of(name): captions for name, captions in by_name(rows).items()}
+    assert len({(one.split, one.photo_id) for one in samples}) == len(samples)
+    assert all(one.references == texts[one.photo_id] and one.image is not None for one in samples)
+    for photo_id, captions in texts.items():
+        assert sorted(text for one in samples if one.photo_id == photo_id for text in one.captions) == sorted(captions)
+    in_train = sum(len(one.captions) for one in samples if one.split == "train")
+    assert in_train == int(0.8 * len(rows)) and {one.split for one in samples} == {"train", "val"}
+
+
+def test_a_split_by_rows_says_that_it_leaks_and_both_flickrs_stay_apart(tmp_path: Path) -> None:
+    photos30k, photos8k = [f"{i}.jpg" for i in range(6)], [f"{i}_x.jpg" for i in range(4, 8)]
+    given30k, given8k = flickr(tmp_path, "30k", photos30k, {}), flickr(tmp_path, "8k", photos8k, {})
+    with pytest.raises(ValueError, match="one dataset is split rows:SEED"):
+        sources.flickr30k_8k(dataclasses.replace(given30k, split="rows:0"), dataclasses.replace(given8k, split="train"))
+    by_rows = [dataclasses.replace(one, split="rows:0") for one in (given30k, given8k)]
+    source = sources.flickr30k_8k(*by_rows)
+    assert {one.photo_id for one in samples_of(source)} == {photo_id_of(name) for name in (*photos30k, *photos8k)}
+    assert sum(len(one.captions) for one in samples_of(source)) == 20 and not source.rejected
+    assert "2 photos are in twice, once from each dataset" in source.notes
+    leaks = [note for note in source.notes if "IT LEAKS" in note]
+    assert len(leaks) == 2 and leaks[0].startswith("split by caption rows: 9 in train, 3 in val")
 
 
 # ---- the real files ----

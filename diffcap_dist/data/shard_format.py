@@ -289,6 +289,11 @@ def foreign_record(content: Any, text: bytes | None, key: str, split: str) -> di
     return {**record, "url": content["url"]} if isinstance(content.get("url"), str) else record
 
 
+def references_of(record: dict[str, Any]) -> list[str]:
+    """What a caption of the photo is scored against: all its captions, also where a split holds only some of them."""
+    return record.get("references", record["captions"])
+
+
 def is_our_record(content: Any) -> TypeGuard[dict[str, Any]]:
     return (
         isinstance(content, dict)
@@ -327,8 +332,8 @@ class Shard:
         return str(self._members.keys[sample])
 
     def record(self, sample: int) -> dict[str, Any]:
-        """photo_id, captions, split, source, width, height, sha256, perhaps scene, url: the JSON member of our
-        shards as it is, those of other tools brought into this form."""
+        """photo_id, captions, split, source, width, height, sha256, perhaps scene, url, references: the JSON member of
+        our shards as it is, those of other tools brought into this form."""
         content: Any = None
         data = self._read(sample, self._json_column)
         try:
