@@ -90,7 +90,7 @@ class Batch:
     """What both steps are given: photos, captions, the K times and one noise per caption."""
 
     ids_NL: Tensor
-    images_NCHW: Tensor
+    pixels_NCHW: Tensor
     t_K: Tensor
     noise_NLD: Tensor
 
@@ -100,7 +100,9 @@ class Batch:
         N, L = size.num_photos, size.max_length
         return cls(
             torch.randint(size.vocab_size, (N, L), generator=generator).to(device),
-            torch.randn(N, 3, size.image_size, size.image_size, generator=generator).to(device),
+            torch.randint(0, 256, (N, 3, size.image_size, size.image_size), generator=generator, dtype=torch.uint8).to(
+                device
+            ),
             (torch.randint(NUM_STEPS_T, (size.num_timesteps,), generator=generator) / NUM_STEPS_T).to(device),
             torch.randn(N, L, size.width, generator=generator).to(device),
         )
@@ -115,11 +117,11 @@ class OurStep(nn.Module):
             num_timesteps=NUM_STEPS_T, noise_scale=1.0, restore_loss="l1", restore_weight=1.0, first_step_weight=1.0,
             rounding_weight=ROUNDING_WEIGHT, image_drop_rate=0.0, self_conditioning_rate=0.0,
         )  # fmt: skip
-        self.encoder, self.objective = encoder, DiffusionObjective(denoiser, config)
+        self.encoder, self.objective = encoder, DiffusionObjective(denoiser, config, pad_id=0)
 
     def forward(self, batch: Batch) -> Tensor:
         N, K = len(batch.ids_NL), len(batch.t_K)
-        pooled_NF, _ = self.encoder(batch.images_NCHW)
+        pooled_NF, _ = self.encoder(batch.pixels_NCHW)
         image = ImageFeatures(pooled_NF.clone())  # an inference tensor can't be saved for the backward pass
         no_photo_dropped_N = torch.zeros(N, dtype=torch.bool, device=pooled_NF.device)
         draws = Draws(batch.t_K.repeat(N), batch.noise_NLD.repeat_interleave(K, dim=0), no_photo_dropped_N, False)
@@ -134,6 +136,7 @@ class PlainStep(nn.Module):
         super().__init__()
         V, H = denoiser.vocab_size, denoiser.embedding_dim
         self.clip: Any = encoder.clip
+        self.normalised = encoder.normalised
         self.encode_every_timestep = encode_every_timestep
         self.body = DistilBertModel(DistilBertConfig(**{**denoiser.body.config.to_dict(), "vocab_size": V}))
         self.body.load_state_dict(denoiser.body.state_dict(), strict=False)
@@ -151,10 +154,10 @@ class PlainStep(nn.Module):
         x0_NLD, K = self.embedding(batch.ids_NL), len(batch.t_K)
         alpha_bar_K111 = NoiseSchedule("cosine").alpha_bar(batch.t_K)[:, None, None, None]
         x_KNLD = alpha_bar_K111.sqrt() * x0_NLD + (1 - alpha_bar_K111).sqrt() * batch.noise_NLD
-        pooled_NF = self._encode(batch.images_NCHW)
+        pooled_NF = self._encode(batch.pixels_NCHW)
         pooled_BF = pooled_NF.repeat(K, 1)
         if self.encode_every_timestep:
-            pooled_BF = torch.cat([pooled_NF, *(self._encode(batch.images_NCHW) for _ in range(K - 1))])
+            pooled_BF = torch.cat([pooled_NF, *(self._encode(batch.pixels_NCHW) for _ in range(K - 1))])
         hidden_BLD = self._denoise(x_KNLD.flatten(0, 1), pooled_BF)
         restore = F.l1_loss(hidden_BLD, x0_NLD.repeat(K, 1, 1))
         logits_BLV = self.head(hidden_BLD)
@@ -171,8 +174,8 @@ class PlainStep(nn.Module):
         return hidden_BTD[:, :-1]
 
     @torch.no_grad()
-    def _encode(self, images_NCHW: Tensor) -> Tensor:
-        pooled_NF: Tensor = self.clip.encode_image(images_NCHW, normalize=True)
+    def _encode(self, pixels_NCHW: Tensor) -> Tensor:
+        pooled_NF: Tensor = self.clip.encode_image(self.normalised(pixels_NCHW), normalize=True)
         return pooled_NF
 
 

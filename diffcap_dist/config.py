@@ -47,6 +47,9 @@ class DataConfig:
     canonical_spans: int = 64
     shuffle_window: int = 4096
     decode: Literal["fast", "exact"] = "fast"  # JPEGs by torchvision (1 of 255 levels from PIL), or by PIL
+    flip_rate: float = 0.0  # in training, share of visits that mirror the photo, and left and right in its captions
+    crop_scale: float = 1.0  # in training, smallest share of a photo's area that a random crop keeps; 1 = no crops
+    color_jitter: float = 0.0  # in training, brightness, contrast and saturation times 1 - this .. 1 + this
     num_workers: int = 2  # loader processes per rank; 0 = in the rank itself
     worker_timeout: float = 10.0  # seconds without a batch of local shards before a stalled worker is an error
     damage: Literal["raise", "replace"] = "raise"  # stop at a damaged sample, or let the next good one stand in
@@ -230,6 +233,13 @@ def _conflicts(config: Config) -> list[str]:
             data.captions_per_image < 1
         ),
         f"data.max_length={data.max_length}; at least 2 (one word and [SEP])": data.max_length < 2,
+        "data.flip_rate, crop_scale and color_jitter change photos, but data.features stores what the encoder saw of "
+        "them unchanged: set data.features= (the encoder then runs online), or leave these at 0, 1 and 0": (
+            bool(data.features) and (data.flip_rate, data.crop_scale, data.color_jitter) != (0, 1, 0)
+        ),
+        f"data.flip_rate={data.flip_rate}; a share, in [0, 1]": not 0 <= data.flip_rate <= 1,
+        f"data.crop_scale={data.crop_scale}; a share of the area, in (0, 1]": not 0 < data.crop_scale <= 1,
+        f"data.color_jitter={data.color_jitter}; it lies in [0, 1]": not 0 <= data.color_jitter <= 1,
         "all loss weights are zero: set diffusion.rounding_weight or diffusion.restore_weight": not (
             config.diffusion.rounding_weight or config.diffusion.restore_weight
         ),
@@ -237,9 +247,10 @@ def _conflicts(config: Config) -> list[str]:
             config.sampler.num_inference_steps < 1
         ),
         f"training.ema_decay={training.ema_decay}; it lies in [0, 1)": not 0 <= training.ema_decay < 1,
-        "diffusion.text_guidance needs model.text_token=true": (
-            config.diffusion.text_guidance > 0 and not config.model.text_token
+        "diffusion.text_guidance > 0 and model.text_token=true go together": (
+            (config.diffusion.text_guidance > 0) != config.model.text_token
         ),
+        f"optimizer.hold_steps={config.optimizer.hold_steps}; at least 1": config.optimizer.hold_steps < 1,
         f"diffusion.predict_steps_back={config.diffusion.predict_steps_back} steps are no part of "
         f"diffusion.num_timesteps={config.diffusion.num_timesteps}": not (
             0 <= config.diffusion.predict_steps_back < config.diffusion.num_timesteps

@@ -80,6 +80,7 @@ class Data:
     val: ShardReader
     tokenizer: CaptionTokenizer
     encoder: ImageEncoder | None  # None: features are read
+    text_encoder: ImageEncoder | None  # None: no text guidance
     feature_widths: tuple[int, int | None]
 
 
@@ -99,7 +100,7 @@ class Trainer:
         denoiser = Denoiser(
             config.model, self.data.tokenizer.vocab_size, config.data.max_length, self.data.feature_widths
         )
-        self.objective = DiffusionObjective(denoiser, config.diffusion)
+        self.objective = DiffusionObjective(denoiser, config.diffusion, self.data.tokenizer.pad_id)
         self.parameters = {
             "trainable": sum(p.numel() for p in self.objective.parameters() if p.requires_grad),
             "frozen": sum(p.numel() for p in self.objective.parameters() if not p.requires_grad)
@@ -109,6 +110,7 @@ class Trainer:
         self.engine = build_engine(self.objective, config.training, config.optimizer, self.split, self.dtype, ranks)
         self.ema = EMA(self.engine.module, config.training.ema_decay)
         self.state: TrainState = checkpoint.load_latest(self.engine, self.ema, self.run_dir.checkpoints, ranks)
+        self.state.rounding_weight = self.state.rounding_weight or config.diffusion.rounding_weight
         self.stream = CaptionStream(
             self.data.train,
             self.data.tokenizer,
@@ -137,18 +139,19 @@ class Trainer:
         training = self.config.training
         if self.ranks.is_first:
             self._say_everything()
-        if self.state.step >= training.num_steps:
+        if self.state.step >= training.num_steps or self.state.early_stopped:
             log.info("already trained to step %d; nothing to do", self.state.step)
             return
         batches = iter(self.stream)
         started = time.perf_counter() - self.state.seconds
         with self._progress_bar() as bar:
-            while self.state.step < training.num_steps:
+            while self.state.step < training.num_steps and not self.state.early_stopped:
                 terms, grad_norm, damages = self._step(batches)
                 self.state.step += 1
                 self.state.samples_seen += self.split.total
                 self.state.seconds = time.perf_counter() - started
                 stopped_by = self._agree_to_go_on(terms, damages, bar)
+                self._follow_losses(terms)
                 step, last = self.state.step, self.state.step == training.num_steps
                 if step % training.log_every == 0 or last:
                     self.metrics.training(self.state, terms, grad_norm, self._rate(step - 1), bar)
@@ -156,6 +159,7 @@ class Trainer:
                     bar.update()
                 if step % training.validate_every == 0 or last:
                     self._validate(bar)
+                last = last or self.state.early_stopped
                 if step % training.save_every == 0 or last or stopped_by or self.state.best_step == step:
                     self._save()
                 if stopped_by:
@@ -179,7 +183,9 @@ class Trainer:
         for _ in range(self.split.accumulation):
             batch = next(batches)
             damages += batch.damages
-            terms = self.engine(batch.ids_NCL.to(self.ranks.device), self._features(batch), self._draws(batch, step))
+            ids_NCL, draws = batch.ids_NCL.to(self.ranks.device), self._draws(batch, step)
+            weight = self.state.rounding_weight
+            terms = self.engine(ids_NCL, self._features(batch), draws, self._text_features(batch), weight)
             self.engine.backward(terms["loss"])
             self.engine.step()  # updates at the last micro batch only
             for name, term in terms.items():
@@ -198,11 +204,18 @@ class Trainer:
         assert batch.pooled_NF is not None
         return ImageFeatures(batch.pooled_NF, batch.patches_NPF).to(self.ranks.device, self.dtype)
 
+    def _text_features(self, batch: Batch) -> torch.Tensor | None:
+        """text_NCF of the true captions, for the paper's guidance; None without it."""
+        if self.data.text_encoder is None:
+            return None
+        text_BF = self.data.text_encoder.encode_text([caption for some in batch.captions for caption in some])
+        return text_BF.unflatten(0, (len(batch.captions), -1)).to(self.ranks.device, self.dtype)
+
     def _draws(self, batch: Batch, step: int) -> Draws:
         config, denoiser = self.config, self.objective.denoiser
-        rows = config.data.captions_per_image * config.diffusion.timesteps_per_caption
+        counts = (config.data.captions_per_image, config.diffusion.timesteps_per_caption)
         shape = (denoiser.max_length, denoiser.embedding_dim)
-        return Draws.at(batch.positions, rows, shape, config.seed, step, config.diffusion, self.ranks.device)
+        return Draws.at(batch.positions, *counts, shape, config.seed, step, config.diffusion, self.ranks.device)
 
     def _agree_to_go_on(self, terms: dict[str, float], damages: list[Damage], bar: tqdm) -> str | None:
         """Every rank learns of any rank's signal, NaN or damage at this step boundary; errors are on all of them."""
@@ -216,6 +229,31 @@ class Trainer:
                 "is good; lower optimizer.learning_rate or optimizer.max_grad_norm, or set training.precision=fp32"
             )
         return (self.stop.requested or "a signal to another rank") if stop else None
+
+    def _follow_losses(self, terms: dict[str, float]) -> None:
+        """What depends on the losses of all ranks: the paper's dynamic lambda, and its early stop."""
+        dynamic = self.config.diffusion.dynamic_rounding
+        if not dynamic and not self.config.training.early_stop_ratio:
+            return
+        means = dict(zip(terms, distributed.mean(list(terms.values()), self.ranks.device)))
+        if dynamic:
+            simple = means.get("restore", 0.0) + means.get("first_step", 0.0)
+            self.state.rounding_weight = dynamic * simple / means["rounding"]
+        self.state.loss_sum += means["loss"]
+        self.state.loss_steps += 1
+
+    def _stop_early(self, val_loss: float) -> None:
+        """The paper's end of training: the validation loss is above the training loss since the last validation."""
+        state, ratio = self.state, self.config.training.early_stop_ratio
+        if ratio and val_loss > ratio * state.loss_sum / max(1, state.loss_steps):
+            state.early_stopped = True
+            log.info(
+                "early stop at step %d: validation loss %.4f, training loss %.4f",
+                state.step,
+                val_loss,
+                state.loss_sum / max(1, state.loss_steps),
+            )
+        state.loss_sum, state.loss_steps = 0.0, 0
 
     def _note(self, damages: list[Damage], bar: tqdm) -> None:
         """Count, log and bound the samples that others stood in for."""
@@ -237,13 +275,14 @@ class Trainer:
         with self.ema.swapped():
             scores = self.validation.run(self.engine.module, self.captioner, self.dtype)
             best = (self.state.best_bleu_4, -self.state.best_val_loss)
-            if (scores["bleu_4"], -scores["val_loss"]) > best:
+            if self.config.training.export == "last" or (scores["bleu_4"], -scores["val_loss"]) > best:
                 self.state.best_bleu_4, self.state.best_val_loss = scores["bleu_4"], scores["val_loss"]
                 self.state.best_step = self.state.step
                 weights = full_state(self.engine.module.denoiser)
                 if self.ranks.is_first:
                     self._export(weights, scores)
         self.metrics.validation(self.state, scores, bar)
+        self._stop_early(scores["val_loss"])
 
     def _export(self, weights: dict[str, torch.Tensor], scores: dict[str, float]) -> None:
         about = {
@@ -365,7 +404,11 @@ def build_data(config: Config, run_dir: RunDir, ranks: Ranks) -> Data:
                 f"(encoder.name={config.encoder.name}, encoder.pretrained={config.encoder.pretrained}): use one of them"
             )
         widths = (info.pooled_dim, info.patches[1] if config.encoder.patches and info.patches else None)
-    return Data(readers[0], readers[1], build_tokenizer(config, readers[0], run_dir, ranks), encoder, widths)
+    text_encoder = None
+    if config.model.text_token:
+        text_encoder = encoder or ImageEncoder(config.encoder.name, config.encoder.pretrained).to(ranks.device)
+    tokenizer = build_tokenizer(config, readers[0], run_dir, ranks)
+    return Data(readers[0], readers[1], tokenizer, encoder, text_encoder, widths)
 
 
 def build_tokenizer(config: Config, reader: ShardReader, run_dir: RunDir, ranks: Ranks) -> CaptionTokenizer:
@@ -381,7 +424,7 @@ def build_tokenizer(config: Config, reader: ShardReader, run_dir: RunDir, ranks:
             tokenizer = CaptionTokenizer.load(config.data.tokenizer)
         tokenizer.save(run_dir.tokenizer)
     distributed.barrier()
-    return CaptionTokenizer.load(str(run_dir.tokenizer))
+    return CaptionTokenizer.load(str(run_dir.tokenizer), config.data.begin_token)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ def features(patches: int | None = 7, photos: int = N) -> ImageFeatures:
 
 
 def draws_for(positions: list[int], rows: int, denoiser: Denoiser, config: DiffusionConfig, step: int = 0) -> Draws:
-    return Draws.at(positions, rows, (L, denoiser.embedding_dim), 0, step, config, CPU)
+    K = config.timesteps_per_caption
+    return Draws.at(positions, rows // K, K, (L, denoiser.embedding_dim), 0, step, config, CPU)
 
 
 # ---- rounding ----
@@ -100,7 +101,7 @@ def test_objective_equals_a_plain_reference(x0_from: str, self_conditioning: boo
     denoiser = small_denoiser(x0_from=x0_from, self_conditioning=self_conditioning)
     ids_NCL = torch.randint(0, V, (N, 2, L))
     draws = draws_for([5, 6, 7], 6, denoiser, config)
-    terms = DiffusionObjective(denoiser, config)(ids_NCL, features(), draws)
+    terms = DiffusionObjective(denoiser, config, pad_id=0)(ids_NCL, features(), draws)
     terms["loss"].backward()
     mine = {name: p.grad.clone() for name, p in denoiser.named_parameters() if p.grad is not None}
     denoiser.zero_grad()
@@ -241,7 +242,13 @@ def test_a_pretrained_body_and_table_are_loaded(tmp_path: Path) -> None:
     torch.manual_seed(3)
     saved = DistilBertModel(DistilBertConfig(vocab_size=V, dim=16, n_layers=1, n_heads=2, hidden_dim=20))
     saved.save_pretrained(tmp_path)
-    denoiser = small_denoiser(None, body=str(tmp_path), embeddings=str(tmp_path), self_conditioning=False)
+    pretrained = {"body": str(tmp_path), "embeddings": str(tmp_path), "self_conditioning": False}
+    unit = small_denoiser(None, **pretrained).word_embeddings
+    torch.testing.assert_close(unit, saved.embeddings.word_embeddings.weight.detach() / 0.02, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(unit.std(), torch.tensor(1.0))
+    with pytest.raises(ValueError, match="no language-model head"):
+        small_denoiser(None, **pretrained, x0_from="head", embedding_dim=16)
+    denoiser = small_denoiser(None, **pretrained, embedding_std=0.0)
     torch.testing.assert_close(denoiser.word_embeddings, saved.embeddings.word_embeddings.weight.detach())
     torch.testing.assert_close(
         denoiser.body.transformer.layer[0].ffn.lin1.weight, saved.transformer.layer[0].ffn.lin1.weight

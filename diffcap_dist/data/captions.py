@@ -1,7 +1,8 @@
 """Captions as numbers: the tokenizer, and texts <-> ids_BL with mask_BL.
 
 In: texts and the name of a tokenizer (a Hugging Face id, a local folder, or ``words``: the words of the training
-captions). Out: fixed-length id rows ``w_1 ... w_n [SEP] [PAD] ...`` and back. Does not know of images or models.
+captions). Out: fixed-length id rows ``w_1 ... w_n [SEP] [PAD] ...``, with [CLS] before them on request, and back. Does
+not know of images or models.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]",
 class CaptionTokenizer:
     """A tokenizer with BERT's special tokens, seen as caption rows of fixed length."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, begin_token: bool = False) -> None:
         missing = [t for t in (PAD, UNK, SEP) if tokenizer.convert_tokens_to_ids(t) in (None, -1)]
         if missing:
             raise ValueError(f"the tokenizer has no {', '.join(missing)}; a BERT-style tokenizer is expected")
@@ -30,17 +31,19 @@ class CaptionTokenizer:
         self.pad_id: int = tokenizer.convert_tokens_to_ids(PAD)  # type: ignore[assignment]
         self.unk_id: int = tokenizer.convert_tokens_to_ids(UNK)  # type: ignore[assignment]
         self.sep_id: int = tokenizer.convert_tokens_to_ids(SEP)  # type: ignore[assignment]
+        self._begin = [int(tokenizer.convert_tokens_to_ids(CLS))] if begin_token else []  # type: ignore[arg-type]
         self.vocab_size = len(tokenizer)
         self._special_ids = set(tokenizer.all_special_ids)
 
     @classmethod
-    def load(cls, name: str) -> CaptionTokenizer:
-        """``name``: a local folder, or a Hugging Face id found in the cache or on the hub.
+    def load(cls, name: str, begin_token: bool = False) -> CaptionTokenizer:
+        """``name``: a local folder, or a Hugging Face id found in the cache or on the hub. ``begin_token``: rows begin
+        with [CLS].
 
         Raises ValueError with the command that fetches it when it can't be found.
         """
         try:
-            return cls(AutoTokenizer.from_pretrained(name))  # type: ignore[arg-type]
+            return cls(AutoTokenizer.from_pretrained(name), begin_token)  # type: ignore[arg-type]
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"tokenizer {name!r} is neither a local folder nor reachable: {_first_line(error)}\n"
@@ -72,7 +75,7 @@ class CaptionTokenizer:
         ids_BL = np.full((len(texts), max_length), self.pad_id, dtype=np.int64)
         encoded = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         for row, ids in zip(ids_BL, encoded):
-            ids = [*ids[: max_length - 1], self.sep_id]
+            ids = [*self._begin, *ids[: max_length - 1 - len(self._begin)], self.sep_id]
             row[: len(ids)] = ids
         return ids_BL, ids_BL != self.pad_id
 

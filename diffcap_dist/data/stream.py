@@ -25,13 +25,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from diffcap_dist.config import DataConfig
+from diffcap_dist.data.augmentation import augmented, crop_at
 from diffcap_dist.data.captions import CaptionTokenizer
 from diffcap_dist.data.order import MixedOrder, Place, SampleOrder, draw, evaluation_positions, rank_positions
+from diffcap_dist.data.pixels import Crop
 from diffcap_dist.data.shard_format import FeatureInfo, Shard, ShardDamage
 from diffcap_dist.data.shard_store import ShardStore
 from diffcap_dist.training.preemption import reset_in_worker
 
-Transform = Callable[[bytes], Tensor]  # a photo's bytes -> its pixels
+Transform = Callable[..., Tensor]  # a photo's bytes, and the crop of it where there is one -> its pixels
 
 SAMPLES_AHEAD = 4096  # of a rank: how far ahead remote shards are fetched
 # Of a reader, below the usual limit of 1,024 files. C spans in windows of w samples are in C (w / m + 2) shards of m
@@ -53,6 +55,7 @@ class Batch(NamedTuple):
 
     positions: list[int]
     keys: list[str]
+    captions: list[list[str]]  # C of each photo
     ids_NCL: Tensor
     images_NCHW: Tensor | None
     pooled_NF: Tensor | None
@@ -68,6 +71,16 @@ class Photo(NamedTuple):
     image_CHW: Tensor | None
     pooled_F: Tensor | None
     patches_PF: Tensor | None
+
+
+class Sample(NamedTuple):
+    """A photo on its way into a batch."""
+
+    position: int
+    photo: Photo
+    captions: list[str]  # C
+    ids_CL: Tensor
+    damages: list[Damage]
 
 
 class StalledWorker(RuntimeError):
@@ -111,23 +124,23 @@ class ShardReader:
         opened, _, _ = self._shard(shard)
         return opened.key(sample), opened.record(sample)
 
-    def photo(self, shard: int, sample: int) -> Photo:
+    def photo(self, shard: int, sample: int, crop: Crop | None = None) -> Photo:
         """The whole sample. ShardDamage names shard, offset and key; a copy in the cache is fetched anew first."""
         try:
-            return self._photo(shard, sample)
+            return self._photo(shard, sample, crop)
         except ShardDamage:
             number = self._dataset_of[shard]
             if not self.stores[number].forget(self.shards[shard], self._feature_infos[number]):
                 raise
             if shard in self._open:
                 self._open.pop(shard)[0].close()
-            return self._photo(shard, sample)
+            return self._photo(shard, sample, crop)
 
-    def _photo(self, shard: int, sample: int) -> Photo:
+    def _photo(self, shard: int, sample: int, crop: Crop | None) -> Photo:
         opened, pooled_NF, patches_NPF = self._shard(shard)
         key, record = opened.key(sample), opened.record(sample)
         if pooled_NF is None:
-            return Photo(key, record, self._image(opened, sample), None, None)
+            return Photo(key, record, self._image(opened, sample, crop), None, None)
         patches_PF = None
         if patches_NPF is not None:
             patches_PF = torch.from_numpy(patches_NPF[sample].astype(np.float32))
@@ -177,7 +190,7 @@ class ShardReader:
         self._open[shard] = opened, pooled_NF, patches_NPF
         return self._open[shard]
 
-    def _image(self, opened: Shard, sample: int) -> Tensor:
+    def _image(self, opened: Shard, sample: int, crop: Crop | None) -> Tensor:
         assert self.transform is not None
         data = opened.image_bytes(sample)
         if data is None:
@@ -186,7 +199,7 @@ class ShardReader:
                 "set data.features to features beside the shards"
             )
         try:
-            return self.transform(data)
+            return self.transform(data, crop) if crop else self.transform(data)
         except Exception as error:  # decoders raise OSError, RuntimeError, SyntaxError, struct.error, zlib.error, ...
             raise ShardDamage(opened.path, opened.key(sample), f"its photo can't be decoded ({error})") from error
 
@@ -202,7 +215,7 @@ def candidates(counts: Sequence[int], place: Place) -> Iterator[tuple[int, int]]
 
 
 class _Positions(Dataset):
-    """position -> (position, photo, caption ids, damages): the map-style view that loader workers share."""
+    """position -> sample: the map-style view that loader workers share."""
 
     def __init__(
         self, reader: ShardReader, order: MixedOrder, tokenizer: CaptionTokenizer, config: DataConfig, seed: int
@@ -210,21 +223,25 @@ class _Positions(Dataset):
         self.reader, self.order, self.tokenizer = reader, order, tokenizer
         self.config, self.seed = config, seed
 
-    def __getitem__(self, position: int) -> tuple[int, Photo, Tensor, list[Damage]]:
+    def __getitem__(self, position: int) -> Sample:
         place = self.order.sample_at(position)
         photo, damages = self._readable(position, place)
         captions = chosen_captions(photo.record["captions"], self.config.captions_per_image, self.seed, place)
+        if photo.image_CHW is not None:
+            image_CHW, captions = augmented(photo.image_CHW, captions, position, self.config, self.seed)
+            photo = photo._replace(image_CHW=image_CHW)
         ids_CL, _ = self.tokenizer.encode(captions, self.config.max_length)
-        return position, photo, torch.from_numpy(ids_CL), damages
+        return Sample(position, photo, captions, torch.from_numpy(ids_CL), damages)
 
     def _readable(self, position: int, place: Place) -> tuple[Photo, list[Damage]]:
         damages: list[Damage] = []
         unreadable: set[int] = set()
+        crop = crop_at(position, self.config, self.seed)
         for shard, sample in candidates(self.reader.counts, place):
             if shard in unreadable:
                 continue
             try:
-                return self.reader.photo(shard, sample), damages
+                return self.reader.photo(shard, sample, crop), damages
             except ShardDamage as damage:
                 if self.config.damage == "raise":
                     raise
@@ -375,12 +392,13 @@ def _strides_around(n: int) -> list[int]:
     return [stride for stride in range(1, n + 1) if math.gcd(stride, n) == 1]
 
 
-def collate(samples: list[tuple[int, Photo, Tensor, list[Damage]]]) -> Batch:
+def collate(samples: list[Sample]) -> Batch:
     """One batch from single samples."""
-    positions, photos, ids, damages = zip(*samples)
+    positions, photos, captions, ids, damages = zip(*samples)
     return Batch(
         list(positions),
         [photo.key for photo in photos],
+        list(captions),
         torch.stack(ids),
         _stack([photo.image_CHW for photo in photos]),
         _stack([photo.pooled_F for photo in photos]),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from diffcap_dist.config import DiffusionConfig
 from diffcap_dist.data.order import draw, draw_uniform
 from diffcap_dist.diffusion.schedule import NoiseSchedule
-from diffcap_dist.model.denoiser import Denoiser, ImageFeatures
+from diffcap_dist.model.denoiser import Denoiser, ImageFeatures, TextGuide
 
 GOLDEN_RATIO = 0.6180339887498949
 SMALL_LOGITS = 1 << 22  # below this many logits (16 MiB) one piece is faster than chunks
@@ -54,44 +55,86 @@ def _chunk_cross_entropy(tokens_TD: Tensor, table_VD: Tensor, ids_T: Tensor) -> 
     return F.cross_entropy((tokens_TD @ table_VD.T).float(), ids_T, reduction="sum")
 
 
+def reduction_scales(kind: str, num_timesteps: int, length: int, width: int) -> tuple[float, float, float]:
+    """What the mean terms (restore, first step, rounding) are multiplied by to become the paper's sums.
+
+    ``series_sum_sample_mean``: the published code's, a sum over the L positions, for all its results but one.
+    ``series_sum``: its last version, where the x_1 term is divided by K and the rounding term multiplied by it.
+    ``printed``: equation 5 as it stands, sums over K, L and (restore terms) D. K, L, D as in the paper.
+    """
+    K, L, D = num_timesteps, length, width
+    return {
+        "mean": (1.0, 1.0, 1.0),
+        "series_sum_sample_mean": (L, L, L),
+        "series_sum": (L, L / K, L * K),
+        "printed": (K * L * D, L * D, K * L),
+    }[kind]
+
+
 @dataclass(frozen=True)
 class Draws:
-    """The random choices for N photos: t_B, noise_BLD, image_dropped_N, and whether this step self-conditions."""
+    """The random choices for N photos, B rows: t_B, noise_BLD, image_dropped_N, text_kept_B, and whether this step
+    self-conditions. A photo's rows: its captions, each with its timesteps."""
 
     t_B: Tensor
     noise_BLD: Tensor
     image_dropped_N: Tensor
     self_condition: bool
+    text_kept_B: Tensor | None = None
 
     @classmethod
     def at(
         cls,
         positions: list[int],
-        rows_per_photo: int,
+        num_captions: int,
+        num_timesteps: int,
         shape: tuple[int, int],
         seed: int,
         step: int,
         config: DiffusionConfig,
         device: torch.device,
     ) -> Draws:
-        """The draws for the photos at ``positions``; ``shape`` is (L, D).
+        """The draws for the photos at ``positions``, C captions of each with K timesteps; ``shape`` is (L, D).
 
-        Times are a golden-ratio sequence over positions, stratified over a photo's rows: any batch of consecutive
-        positions covers [0, 1] evenly. The self-conditioning coin is one per step, the same on all ranks: a per-sample
-        coin would cost every rank the extra forward at every step.
+        The self-conditioning coin is one per step, the same on all ranks: a per-sample coin would cost every rank the
+        extra forward at every step.
         """
-        offset = draw_uniform(seed, "timestep")
-        start_N = torch.tensor([(offset + GOLDEN_RATIO * p) % 1.0 for p in positions], dtype=torch.float64)
-        strata = torch.arange(rows_per_photo, dtype=torch.float64) / rows_per_photo
-        t_B = ((start_N[:, None] + strata) % 1.0).flatten().float()
+        C, K = num_captions, num_timesteps
         dropped = [draw_uniform(seed, "image drop", p) < config.image_drop_rate for p in positions]
         coin = draw_uniform(seed, "self-conditioning", step) < config.self_conditioning_rate
+        noises = (C, 1 if config.shared_noise else K, *shape)
+        noise_NCKLD = position_noise(seed, "noise", positions, noises, device).expand(-1, -1, K, -1, -1)
+        kept_B = None
+        if config.text_guidance:
+            kept = [draw_uniform(seed, "text drop", p, c) >= config.text_drop_rate for p in positions for c in range(C)]
+            kept_B = torch.tensor(kept, device=device).repeat_interleave(K)
         return cls(
-            t_B.to(device),
-            position_noise(seed, "noise", positions, (rows_per_photo, *shape), device).flatten(0, 1),
+            _timesteps(positions, C, K, seed, step, config).to(device),
+            noise_NCKLD.flatten(0, 2),
             torch.tensor(dropped, device=device),
             coin,
+            kept_B,
         )
+
+
+def _timesteps(positions: list[int], C: int, K: int, seed: int, step: int, config: DiffusionConfig) -> Tensor:
+    """t_B in [0, 1], by ``diffusion.timesteps``."""
+    T = config.num_timesteps
+    if config.timesteps == "shared":  # K of 0..T-1, with repeats, for all captions of the step alike
+        t_K = torch.tensor([draw(seed, "timestep", step, k) % T for k in range(K)], dtype=torch.float64) / T
+        return t_K.repeat(len(positions) * C).float()
+    if config.timesteps == "subset":  # K of 1..T, none twice, for each caption its own
+        rows = [
+            np.random.default_rng(draw(seed, "timestep", p, c)).choice(T, K, replace=False) + 1
+            for p in positions
+            for c in range(C)
+        ]
+        return (torch.from_numpy(np.concatenate(rows)).double() / T).float()
+    # A golden-ratio sequence over positions, stratified over a photo's rows: any batch covers [0, 1] evenly.
+    offset = draw_uniform(seed, "timestep")
+    start_N = torch.tensor([(offset + GOLDEN_RATIO * p) % 1.0 for p in positions], dtype=torch.float64)
+    strata = torch.arange(C * K, dtype=torch.float64) / (C * K)
+    return ((start_N[:, None] + strata) % 1.0).flatten().float()
 
 
 def position_noise(
@@ -106,48 +149,101 @@ def position_noise(
 
 
 class DiffusionObjective(nn.Module):
-    """Denoiser + schedule -> loss terms; the module that the engine wraps (its one forward is one loss)."""
+    """Denoiser + schedule -> loss terms; the module that the engine wraps (its one forward is one loss).
 
-    def __init__(self, denoiser: Denoiser, config: DiffusionConfig) -> None:
+    ``pad_id`` tells where captions end, for ``model.mask_padding``.
+    """
+
+    def __init__(self, denoiser: Denoiser, config: DiffusionConfig, pad_id: int) -> None:
         super().__init__()
-        self.denoiser = denoiser
-        self.config = config
+        self.denoiser, self.config, self.pad_id = denoiser, config, pad_id
         self.schedule = NoiseSchedule(config.schedule, config.noise_scale)
+        self.scales = reduction_scales(
+            config.loss_reduction, config.timesteps_per_caption, denoiser.max_length, denoiser.embedding_dim
+        )
 
-    def forward(self, ids_NCL: Tensor, image: ImageFeatures, draws: Draws) -> dict[str, Tensor]:
+    def forward(
+        self,
+        ids_NCL: Tensor,
+        image: ImageFeatures,
+        draws: Draws,
+        text_NCF: Tensor | None = None,
+        rounding_weight: float | None = None,
+    ) -> dict[str, Tensor]:
         """Loss terms of the captions ids_NCL of N photos: ``restore``, ``first_step``, ``rounding`` and ``loss``.
 
-        The image tokens are made once per photo and serve its C K rows.
+        The image tokens are made once per photo and serve its C K rows. ``text_NCF``, features of the captions
+        themselves, guide where ``diffusion.text_guidance`` is on. ``rounding_weight``: lambda, if not the setting's.
         """
         config, denoiser = self.config, self.denoiser
-        N = ids_NCL.shape[0]
-        rows_per_photo = draws.t_B.shape[0] // N
-        ids_BL = ids_NCL.repeat_interleave(rows_per_photo // ids_NCL.shape[1], dim=1).flatten(0, 1)
+        K = draws.t_B.shape[0] // ids_NCL[..., 0].numel()
+        ids_BL = ids_NCL.flatten(0, 1).repeat_interleave(K, dim=0)
+        text_BF = None if text_NCF is None else text_NCF.flatten(0, 1).repeat_interleave(K, dim=0)
+        rows = _Rows(ids_BL, image, draws.image_dropped_N, text_BF, draws.text_kept_B)
         dtype = image.pooled_NF.dtype
-        x0_BLD = denoiser.embed(ids_BL).to(dtype)
-        x_BLD = self.schedule.add_noise(x0_BLD, draws.noise_BLD.to(dtype), draws.t_B)
+        x0_BLD, noise_BLD = denoiser.embed(ids_BL).to(dtype), draws.noise_BLD.to(dtype)
+        x_BLD = self._noised(x0_BLD, noise_BLD, draws.t_B)
         previous_x0_BLD = None
         if draws.self_condition and denoiser.config.self_conditioning:
             with torch.no_grad():
-                earlier_BLD = denoiser(x_BLD, draws.t_B, image, None, draws.image_dropped_N)
-                previous_x0_BLD = denoiser.clean_estimate(earlier_BLD)
-        hidden_BLD = denoiser(x_BLD, draws.t_B, image, previous_x0_BLD, draws.image_dropped_N)
+                previous_x0_BLD = denoiser.clean_estimate(self._hidden(x_BLD, draws.t_B, rows))
+        hidden_BLD = self._hidden(x_BLD, draws.t_B, rows, previous_x0_BLD)
         terms = {"rounding": rounding_loss(denoiser.rounding_input(hidden_BLD), denoiser.embedding_matrix(), ids_BL)}
         if config.restore_weight:
-            terms["restore"] = restore_loss(denoiser.clean_estimate(hidden_BLD), x0_BLD, config.restore_loss)
+            target_BLD = self._target(x0_BLD, noise_BLD, draws.t_B)
+            terms["restore"] = restore_loss(denoiser.clean_estimate(hidden_BLD), target_BLD, config.restore_loss)
         if config.first_step_weight:
-            terms["first_step"] = self._first_step_loss(x0_BLD, draws, image, rows_per_photo // ids_NCL.shape[1])
+            terms["first_step"] = self._first_step_loss(x0_BLD[::K], noise_BLD[::K], rows.every(K))
+        for name, scale in zip(("restore", "first_step", "rounding"), self.scales):
+            if name in terms:
+                terms[name] = terms[name] * scale
         terms["loss"] = (
-            config.rounding_weight * terms["rounding"]
+            (config.rounding_weight if rounding_weight is None else rounding_weight) * terms["rounding"]
             + config.restore_weight * terms.get("restore", 0.0)
             + config.first_step_weight * terms.get("first_step", 0.0)
         )
         return terms
 
-    def _first_step_loss(self, x0_BLD: Tensor, draws: Draws, image: ImageFeatures, timesteps: int) -> Tensor:
+    def _noised(self, x0_BLD: Tensor, noise_BLD: Tensor, t_B: Tensor) -> Tensor:
+        return self.schedule.add_noise(x0_BLD, noise_BLD, t_B, as_printed=self.config.noising == "as_printed")
+
+    def _target(self, x0_BLD: Tensor, noise_BLD: Tensor, t_B: Tensor) -> Tensor:
+        """x_0, or x_{t-n} on the same path; x_0 where t <= n (section 5.4)."""
+        if not self.config.predict_steps_back:
+            return x0_BLD
+        earlier_B = (t_B.double() - self.config.predict_steps_back / self.config.num_timesteps).clamp(min=0.0)
+        return self.schedule.add_noise(x0_BLD, noise_BLD, earlier_B)
+
+    def _hidden(self, x_BLD: Tensor, t_B: Tensor, rows: _Rows, previous_x0_BLD: Tensor | None = None) -> Tensor:
+        """hidden_BLD; with text guidance (1 + w) f(x, text) - w f(x) (section 5.1, in training as published)."""
+        mask_BL = rows.ids_BL != self.pad_id if self.denoiser.config.mask_padding else None
+        inputs = (x_BLD, t_B, rows.image, previous_x0_BLD, rows.image_dropped_N, mask_BL)
+        if rows.text_BF is None or (w := self.config.text_guidance) == 0:
+            return self.denoiser(*inputs)
+        assert rows.text_kept_B is not None
+        plain_BLD = self.denoiser(*inputs)
+        guided_BLD = self.denoiser(*inputs, TextGuide(rows.text_BF, rows.text_kept_B))
+        return (1 + w) * guided_BLD - w * plain_BLD
+
+    def _first_step_loss(self, x0_BLD: Tensor, noise_BLD: Tensor, rows: _Rows) -> Tensor:
         """|mu(x_1, 1) - x0|: the paper's x_1 restoring term, at t = 1/T; once per caption, not per timestep."""
-        x0_BLD, noise_BLD = x0_BLD[::timesteps], draws.noise_BLD[::timesteps].to(x0_BLD.dtype)
         t_B = torch.full(x0_BLD.shape[:1], 1 / self.config.num_timesteps, device=x0_BLD.device)
-        x1_BLD = self.schedule.add_noise(x0_BLD, noise_BLD, t_B)
-        hidden_BLD = self.denoiser(x1_BLD, t_B, image, None, draws.image_dropped_N)
+        hidden_BLD = self._hidden(self._noised(x0_BLD, noise_BLD, t_B), t_B, rows)
         return restore_loss(self.denoiser.clean_estimate(hidden_BLD), x0_BLD, self.config.restore_loss)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What the B rows of a step are conditioned on, and their words."""
+
+    ids_BL: Tensor
+    image: ImageFeatures
+    image_dropped_N: Tensor
+    text_BF: Tensor | None
+    text_kept_B: Tensor | None
+
+    def every(self, K: int) -> _Rows:
+        """One row of K: one per caption."""
+        text_BF = None if self.text_BF is None else self.text_BF[::K]
+        kept_B = None if self.text_kept_B is None else self.text_kept_B[::K]
+        return _Rows(self.ids_BL[::K], self.image, self.image_dropped_N, text_BF, kept_B)

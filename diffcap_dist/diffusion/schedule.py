@@ -46,15 +46,20 @@ class NoiseSchedule:
             plain = torch.cos(angle) ** 2 / start
         else:
             plain = 1 - torch.sqrt(t + SQRT_OFFSET)
-        plain = plain.clamp(1e-8, 1.0)
+        plain = plain.clamp(1e-12, 1.0)
         return plain / (plain + self.noise_scale**2 * (1 - plain))
 
-    def add_noise(self, x0_BLD: Tensor, noise_BLD: Tensor, t_B: Tensor) -> Tensor:
-        """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (Ho et al. 2020, eq. 4)."""
+    def add_noise(self, x0_BLD: Tensor, noise_BLD: Tensor, t_B: Tensor, as_printed: bool = False) -> Tensor:
+        """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (Ho et al. 2020, eq. 4).
+
+        ``as_printed``: (1 - alpha_bar) eps, as section 3.1 of CLIP-Diffusion-LM has it and its code has not.
+        """
         if x0_BLD.shape != noise_BLD.shape or t_B.shape != x0_BLD.shape[:1]:
             raise ValueError(
                 f"expected x0 and noise of one shape (B, L, D) and t of shape (B,); got {tuple(x0_BLD.shape)}, "
                 f"{tuple(noise_BLD.shape)}, {tuple(t_B.shape)}"
             )
-        alpha_bar_B11 = self.alpha_bar(t_B.float())[:, None, None]
-        return (alpha_bar_B11.sqrt() * x0_BLD + (1 - alpha_bar_B11).sqrt() * noise_BLD).to(x0_BLD.dtype)
+        alpha_bar_B = self.alpha_bar(t_B.double())  # in single precision 1 - alpha_bar(1/T) is off in its third digit
+        of_noise_B = 1 - alpha_bar_B if as_printed else (1 - alpha_bar_B).sqrt()
+        signal_B11, noise_B11 = (factor_B.float()[:, None, None] for factor_B in (alpha_bar_B.sqrt(), of_noise_B))
+        return (signal_B11 * x0_BLD + noise_B11 * noise_BLD).to(x0_BLD.dtype)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from diffcap_dist.data.captions import CaptionTokenizer
+from diffcap_dist.data.shard_format import references_of
 from diffcap_dist.data.stream import Photo, ShardReader, evaluation_photos
 from diffcap_dist.diffusion.objective import DiffusionObjective, Draws
 from diffcap_dist.evaluation.captioner import Captioner
@@ -85,7 +86,7 @@ class Validation:
         world = self.ranks.world_size
         positions = [(start + i) * world + self.ranks.rank for i in range(len(photos))]
         shape = (denoiser.max_length, denoiser.embedding_dim)
-        draws = Draws.at(positions, ROWS_PER_PHOTO, shape, self.seed, 0, objective.config, self.ranks.device)
+        draws = Draws.at(positions, 1, ROWS_PER_PHOTO, shape, self.seed, 0, objective.config, self.ranks.device)
         draws = dataclasses.replace(
             draws, image_dropped_N=torch.zeros_like(draws.image_dropped_N), self_condition=False
         )
@@ -95,7 +96,7 @@ class Validation:
 def _scores(gathered: list[tuple[dict, dict]]) -> dict[str, float]:
     captions = dict(sorted(item for part, _ in gathered for item in part.items()))
     records = {key: record for _, part in gathered for key, record in part.items()}
-    scores = score_captions(captions, {key: record["captions"] for key, record in records.items()})
+    scores = score_captions(captions, {key: references_of(record) for key, record in records.items()})
     kept = {name: scores[name] for name in ("bleu_4", "cider_d")}
     if all("scene" in record for record in records.values()):
         scenes = {key: record["scene"] for key, record in records.items()}

@@ -15,14 +15,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, DistilBertConfig, DistilBertModel
+from transformers import AutoModelForMaskedLM, DistilBertConfig, DistilBertForMaskedLM, DistilBertModel
 
 from diffcap_dist.config import ModelConfig
 
 TIME_FREQUENCIES = 64
-# As strong as the projected x_t beside it. DistilBERT's own 0.02 goes with word embeddings of 0.05, not of 1:
-# with it the denoiser learns which words long before it learns where they stand.
-POSITION_INIT_STD = 0.5
 DISTILBERT_INIT = (0.02, 768)  # DistilBERT's initial std, and the width it was chosen for
 
 
@@ -37,6 +34,13 @@ class ImageFeatures(NamedTuple):
         if self.patches_NPF is None:
             return ImageFeatures(pooled_NF)
         return ImageFeatures(pooled_NF, self.patches_NPF.to(device, dtype, non_blocking=True))
+
+
+class TextGuide(NamedTuple):
+    """Features of the rows' true captions, text_BF, and which rows may see theirs (section 5.1; training only)."""
+
+    text_BF: Tensor
+    kept_B: Tensor
 
 
 class Denoiser(nn.Module):
@@ -56,14 +60,13 @@ class Denoiser(nn.Module):
         else:
             self.register_buffer("word_embeddings", table_VD)
         self.embedding_dim = table_VD.shape[1]
-        self.body = _body(config)
+        self.body, self.head = _body(config)
         H = self.body.config.dim
-        self.pooled_projection = nn.Sequential(nn.LayerNorm(pooled_width), nn.Linear(pooled_width, H))
-        self.patch_projection = (
-            nn.Sequential(nn.LayerNorm(patch_width), nn.Linear(patch_width, H)) if patch_width else None
-        )
+        self.pooled_projection = _projection(pooled_width, H, config.normalize_features)
+        self.text_projection = _projection(pooled_width, H, config.normalize_features) if config.text_token else None
+        self.patch_projection = _projection(patch_width, H, config.normalize_features) if patch_width else None
         self.no_image = nn.Parameter(torch.zeros(H))
-        self.segments = nn.Embedding(2, H)  # caption, image (section 5.5)
+        self.segments = nn.Embedding(2, H) if config.fusion == "concat" else None  # caption, features (section 5.5)
         self.time_mlp = (
             nn.Sequential(nn.Linear(TIME_FREQUENCIES, H), nn.SiLU(), nn.Linear(H, H)) if config.time_embedding else None
         )
@@ -72,6 +75,11 @@ class Denoiser(nn.Module):
         inputs = self.embedding_dim * (2 if config.self_conditioning else 1)
         self.input_projection = nn.Identity() if straight else nn.Linear(inputs, H)
         self.output_projection = nn.Identity() if straight else nn.Linear(H, self.embedding_dim)
+        if self.head is not None and self.embedding_dim != H:
+            raise ValueError(
+                f"model.x0_from=head gives vectors of the body's width {H}, the embeddings have {self.embedding_dim}: "
+                "set model.embedding_dim and model.width alike"
+            )
         self._init_new_weights()
 
     def embed(self, ids_BL: Tensor) -> Tensor:
@@ -79,9 +87,10 @@ class Denoiser(nn.Module):
         return nn.functional.embedding(ids_BL, self.embedding_matrix())
 
     def embedding_matrix(self) -> Tensor:
-        """The table_VD. A trained one is normalised per word to unit variance: it can't collapse or run away."""
+        """The table_VD. A trained one is normalised per word to ``embedding_std``: it can't collapse or run away."""
         if self.config.train_embeddings:
-            return nn.functional.layer_norm(self.word_embeddings, (self.embedding_dim,))
+            unit_VD = nn.functional.layer_norm(self.word_embeddings, (self.embedding_dim,))
+            return unit_VD * (self.config.embedding_std or 1.0)
         return self.word_embeddings
 
     def forward(
@@ -91,11 +100,14 @@ class Denoiser(nn.Module):
         image: ImageFeatures,
         previous_x0_BLD: Tensor | None = None,
         image_dropped_N: Tensor | None = None,
+        mask_BL: Tensor | None = None,
+        guide: TextGuide | None = None,
     ) -> Tensor:
         """hidden_BLD at the caption positions. B is a multiple of the N photos: rows of one photo stand together.
 
         ``previous_x0_BLD`` is an earlier estimate (self-conditioning; Chen et al. 2022, arXiv:2208.04202), zeros where
-        there is none. Where ``image_dropped_N`` is True the photo is hidden from its rows.
+        there is none. Where ``image_dropped_N`` is True the photo is hidden from its rows. Nothing attends to caption
+        positions where ``mask_BL`` is False. ``guide`` needs ``model.text_token``.
         """
         B, L, D = x_BLD.shape
         num_photos = image.pooled_NF.shape[0]
@@ -107,20 +119,44 @@ class Denoiser(nn.Module):
         if self.config.self_conditioning:
             previous = torch.zeros_like(x_BLD) if previous_x0_BLD is None else previous_x0_BLD.to(x_BLD.dtype)
             x_BLD = torch.cat([x_BLD, previous], dim=-1)
-        tokens_BLH = self.input_projection(x_BLD) + self.segments.weight[0]
-        image_BPH = self._image_tokens(image, image_dropped_N).repeat_interleave(B // num_photos, dim=0)
-        if self.config.fusion == "add":
-            tokens_BLH = tokens_BLH + image_BPH
-        else:
-            tokens_BLH = torch.cat([tokens_BLH, image_BPH + self.segments.weight[1]], dim=1)
+        features_BPH = self._image_tokens(image, image_dropped_N).repeat_interleave(B // num_photos, dim=0)
+        tokens_BSH, mask_BS = self._fused(self.input_projection(x_BLD), features_BPH, mask_BL, guide)
         if self.time_mlp is not None:
-            tokens_BLH = tokens_BLH + self.time_mlp(_sinusoids(t_B).to(x_BLD.dtype))[:, None]
-        hidden_BLH = self.body.transformer(self.body.embeddings(None, inputs_embeds=tokens_BLH)).last_hidden_state
-        return self.output_projection(hidden_BLH[:, :L])
+            tokens_BSH = tokens_BSH + self.time_mlp(_sinusoids(t_B).to(x_BLD.dtype))[:, None]
+        hidden_BSH = self.body(inputs_embeds=tokens_BSH, attention_mask=mask_BS).last_hidden_state
+        hidden_BLD = self.output_projection(hidden_BSH[:, :L])
+        return hidden_BLD if self.head is None else self.head(hidden_BLD)
+
+    def _fused(
+        self, caption_BLH: Tensor, features_BPH: Tensor, mask_BL: Tensor | None, guide: TextGuide | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Section 5.5: features behind the caption as tokens of their own segment, or added to each of its positions.
+        Returns tokens_BSH and which of them may be attended to (None: all)."""
+        text_BH = None
+        if guide is not None:
+            if self.text_projection is None:
+                raise ValueError("this denoiser has no text token (model.text_token); it was given text features")
+            text_BH = self.text_projection(guide.text_BF)
+        if self.segments is None:
+            if text_BH is not None and guide is not None:
+                features_BPH = features_BPH + (text_BH * guide.kept_B[:, None].to(text_BH.dtype))[:, None]
+            return caption_BLH + features_BPH, mask_BL
+        if text_BH is not None:
+            features_BPH = torch.cat([features_BPH, text_BH[:, None]], dim=1)
+        of_caption, of_features = self.segments.weight
+        tokens_BSH = torch.cat([caption_BLH + of_caption, features_BPH + of_features], dim=1)
+        if mask_BL is None and guide is None:
+            return tokens_BSH, None
+        mask_BS = torch.ones(tokens_BSH.shape[:2], dtype=torch.bool, device=tokens_BSH.device)
+        if mask_BL is not None:
+            mask_BS[:, : mask_BL.shape[1]] = mask_BL
+        if guide is not None:
+            mask_BS[:, -1] = guide.kept_B
+        return tokens_BSH, mask_BS
 
     def rounding_input(self, hidden_BLD: Tensor) -> Tensor:
         """What is multiplied with the embedding matrix to give logits."""
-        if self.config.x0_from == "body":
+        if self.config.x0_from != "logits":
             return hidden_BLD
         return hidden_BLD * self.embedding_dim**-0.5  # unit-variance words: keeps the first logits near N(0, 1)
 
@@ -130,8 +166,8 @@ class Denoiser(nn.Module):
 
     def clean_estimate(self, hidden_BLD: Tensor, logits_BLV: Tensor | None = None) -> Tensor:
         """hat x0_BLD: the expected embedding under the logits (Dieleman et al. 2022, arXiv:2211.15089, section 3.1),
-        or the body's output itself (the paper). ``logits_BLV`` saves computing them where the caller has them."""
-        if self.config.x0_from == "body":
+        or the output itself (the paper). ``logits_BLV`` saves computing them where the caller has them."""
+        if self.config.x0_from != "logits":
             return hidden_BLD
         logits_BLV = self.logits(hidden_BLD) if logits_BLV is None else logits_BLV
         probability_BLV = logits_BLV.float().softmax(dim=-1)
@@ -148,11 +184,12 @@ class Denoiser(nn.Module):
         return torch.where(dropped_N[:, None, None], self.no_image, tokens_NPH)
 
     def _init_new_weights(self) -> None:
-        for module in (self.pooled_projection, self.patch_projection, self.time_mlp):
+        for module in (self.pooled_projection, self.text_projection, self.patch_projection, self.time_mlp):
             for layer in module.modules() if module is not None else ():
                 if isinstance(layer, nn.Linear):
                     nn.init.zeros_(layer.bias)
-        nn.init.normal_(self.segments.weight, std=0.02)
+        if self.segments is not None:
+            nn.init.normal_(self.segments.weight, std=0.02)
 
 
 def _sinusoids(t_B: Tensor) -> Tensor:
@@ -163,10 +200,16 @@ def _sinusoids(t_B: Tensor) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
-def _body(config: ModelConfig) -> DistilBertModel:
+def _projection(width: int, H: int, normalise: bool) -> nn.Module:
+    linear = nn.Linear(width, H)
+    return nn.Sequential(nn.LayerNorm(width), linear) if normalise else linear
+
+
+def _body(config: ModelConfig) -> tuple[DistilBertModel, nn.Module | None]:
+    """DistilBERT's transformer and, where hat x0 is taken behind it, its head up to the word embeddings."""
     if config.body == "random":
         std, at_width = DISTILBERT_INIT
-        body = DistilBertModel(
+        model = DistilBertForMaskedLM(
             DistilBertConfig(
                 vocab_size=1,
                 dim=config.width,
@@ -178,35 +221,46 @@ def _body(config: ModelConfig) -> DistilBertModel:
                 initializer_range=std * math.sqrt(at_width / config.width),
             )
         )
-        nn.init.normal_(body.embeddings.position_embeddings.weight, std=POSITION_INIT_STD)
+        nn.init.normal_(model.distilbert.embeddings.position_embeddings.weight, std=config.position_init_std)
     else:
-        body = _pretrained(config.body, "model.body", dropout=config.dropout, attention_dropout=config.dropout)
+        options = {"dropout": config.dropout, "attention_dropout": config.dropout}
+        model, missing = _pretrained(config.body, "model.body", **options)
+        if config.x0_from == "head" and "vocab_transform" in missing:
+            raise ValueError(
+                f"model.body={config.body} has no language-model head, which model.x0_from=head takes hat x0 from: "
+                "use one that was saved with it (distilbert-base-uncased), or model.x0_from=body"
+            )
+    body = model.distilbert
     body.embeddings.word_embeddings = nn.Identity()  # type: ignore[assignment]  # ours is the only table
-    return body
+    head = nn.Sequential(model.vocab_transform, model.activation, model.vocab_layer_norm)
+    return body, head if config.x0_from == "head" else None
 
 
 def _embedding_table(config: ModelConfig, vocab_size: int) -> Tensor:
     if config.embeddings == "random":
         # Every word equally long: the nearest word and the likeliest word are then the same.
-        return nn.functional.layer_norm(torch.randn(vocab_size, config.embedding_dim), (config.embedding_dim,))
-    table_VD = _pretrained(config.embeddings, "model.embeddings").embeddings.word_embeddings.weight.detach().clone()
+        table_VD = nn.functional.layer_norm(torch.randn(vocab_size, config.embedding_dim), (config.embedding_dim,))
+        return table_VD * (config.embedding_std or 1.0)
+    model, _ = _pretrained(config.embeddings, "model.embeddings")
+    table_VD = model.distilbert.embeddings.word_embeddings.weight.detach().clone()
     if table_VD.shape[0] != vocab_size:
         raise ValueError(
             f"model.embeddings={config.embeddings} has {table_VD.shape[0]} words, the tokenizer {vocab_size}: "
             "set data.tokenizer to the same name"
         )
-    return table_VD
+    return table_VD * (config.embedding_std / table_VD.std()) if config.embedding_std else table_VD
 
 
-def _pretrained(name: str, setting: str, **overrides: float) -> DistilBertModel:
+def _pretrained(name: str, setting: str, **overrides: float) -> tuple[DistilBertForMaskedLM, set[str]]:
+    """The model, and the modules that its files don't hold."""
     try:
-        model = AutoModel.from_pretrained(name, **overrides)
+        model, loading = AutoModelForMaskedLM.from_pretrained(name, output_loading_info=True, **overrides)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{setting}={name!r} is neither a local folder nor reachable: {str(error).strip().splitlines()[0]}\n"
             f"On a machine with network run:  hf download {name}   and copy the Hugging Face cache here, or set "
             f"{setting} to a local folder, or to 'random'."
         ) from error
-    if not isinstance(model, DistilBertModel):
+    if not isinstance(model, DistilBertForMaskedLM):
         raise ValueError(f"{setting}={name!r} is a {type(model).__name__}; a DistilBERT is expected")
-    return model
+    return model, {key.split(".")[0] for key in loading["missing_keys"]}

@@ -38,6 +38,10 @@ class TrainState:
     best_bleu_4: float = -1.0
     best_val_loss: float = 1e30  # decides between equal BLEU-4: early on, or on hard data, it is 0 for long
     best_step: int = -1
+    rounding_weight: float = 0.0  # lambda of the next step, where it is dynamic
+    loss_sum: float = 0.0  # training losses since the last validation, where the early stop compares them
+    loss_steps: int = 0
+    early_stopped: bool = False
     seconds: float = 0.0  # spent in training, over all starts
     bad_samples: dict[str, int] = field(default_factory=dict)  # what was damaged, and how many samples that is
 
