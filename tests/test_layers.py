@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
     0: ["config", "run_dir", "data.shard_format", "data.photo", "data.pixels"],
     1: [
-        "data.order", "data.captions", "data.shard_store",
+        "data.order", "data.captions", "data.augmentation", "data.shard_store",
         "model.denoiser", "model.image_encoder", "diffusion.schedule",
         "training.distributed", "training.ema", "training.learning_rate", "training.preemption",
         "evaluation.scores", "evaluation.protocol", "evaluation.scene_facts", "evaluation.text_statistics",
@@ -21,7 +21,7 @@ LAYERS = {
         "evaluation.score_rows",
     ],
     3: ["training.checkpoint", "evaluation.captioner"],
-    4: ["evaluation.validation"],
+    4: ["evaluation.validation", "evaluation.seed_protocol"],
     5: ["train", "evaluate", "caption", "report", "demo", "train_clip"],
     6: ["__main__"],
 }  # fmt: skip
@@ -30,6 +30,7 @@ LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 WITHIN_A_LAYER = {
     ("run_dir", "config"),
     ("data.pixels", "data.photo"),
+    ("data.augmentation", "data.order"),
     ("evaluation.protocol", "evaluation.scores"),
     ("evaluation.text_statistics", "evaluation.scores"),
 }

@@ -28,6 +28,7 @@ from diffcap_dist.config import DataConfig, TrainShards
 from diffcap_dist.data.captions import CaptionTokenizer
 from diffcap_dist.data.order import Place
 from diffcap_dist.data.photo import decode_photo
+from diffcap_dist.data.pixels import Crop
 from diffcap_dist.data.shard_format import Shard, ShardDamage, ShardIndex, ShardInfo
 from diffcap_dist.data.stream import (
     Batch,
@@ -192,7 +193,7 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> ShardReader:
 class Keys(ShardReader):
     """Captions-only shards have nothing to see; the order is all that is asked here."""
 
-    def _image(self, opened: Shard, sample: int) -> torch.Tensor:
+    def _image(self, opened: Shard, sample: int, crop: Crop | None) -> torch.Tensor:
         return torch.zeros(1)
 
 
@@ -265,13 +266,13 @@ def test_a_damaged_copy_in_the_cache_is_fetched_anew(served: str, reader: ShardR
 class Sick(ShardReader):
     """Dies, or stalls, at its tenth photo."""
 
-    def photo(self, shard: int, sample: int) -> Photo:
+    def photo(self, shard: int, sample: int, crop: Crop | None = None) -> Photo:
         self.seen = getattr(self, "seen", 0) + 1
         if self.seen == 10 and self.how == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.seen == 10 and self.how == "stalls":
             time.sleep(1000)
-        return super().photo(shard, sample)
+        return super().photo(shard, sample, crop)
 
 
 @pytest.mark.slow

@@ -25,6 +25,8 @@ from torchvision.transforms.v2 import functional
 
 from diffcap_dist.data.photo import UPRIGHT, decode_photo, orientation, upright_rgb
 
+Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
+Crop = Callable[[int, int], Box]  # a picture's height and width -> the part of it that is seen
 PictureStep = Callable[[Image.Image], Image.Image]
 VECTORISED = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)  # what torch resamples in uint8
 
@@ -38,11 +40,21 @@ class PixelTransform:
     def __init__(self, steps: Sequence[PictureStep], exact: bool = False) -> None:
         self.steps = list(steps)
         self._tensor_steps = None if exact else _tensor_steps(self.steps)
+        self._size_HW = list(self._exact(Image.new("RGB", (32, 32))).shape[1:])
+        resampling = [step.interpolation for step in steps if isinstance(step, Resize)]
+        self._interpolation = resampling[0] if resampling else InterpolationMode.BICUBIC
 
-    def __call__(self, data: bytes) -> Tensor:
+    def __call__(self, data: bytes, crop: Crop | None = None) -> Tensor:
+        """The part of the photo that ``crop`` chooses is stretched to the encoder's size; without it its steps alone
+        decide what is seen."""
         if self._tensor_steps is None or not _is_plain_jpeg(data):
-            return self._exact(decode_photo(data))
+            picture = decode_photo(data)
+            if crop:
+                return _as_tensor(self._cropped(picture, crop(picture.height, picture.width)))
+            return self._exact(picture)
         pixels_CHW = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+        if crop:
+            return self._cropped(pixels_CHW, crop(*pixels_CHW.shape[1:]))
         for step in self._tensor_steps:
             pixels_CHW = step(pixels_CHW)
         return pixels_CHW
@@ -51,10 +63,14 @@ class PixelTransform:
         """The exact way, for a picture that is already decoded."""
         return self._exact(upright_rgb(picture))
 
+    def _cropped(self, image: Any, box: Box) -> Any:
+        """Of a picture or a tensor, at the encoder's size."""
+        return functional.resized_crop(image, *box, self._size_HW, self._interpolation, antialias=True)
+
     def _exact(self, picture: Image.Image) -> Tensor:
         for step in self.steps:
             picture = step(picture)
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        return _as_tensor(picture)
 
     @property
     def described(self) -> str:
@@ -95,6 +111,10 @@ def _resize(step: Resize) -> Callable[[Tensor], Tensor]:
 
 def _crop(step: CenterCrop) -> Callable[[Tensor], Tensor]:
     return lambda pixels_CHW: functional.center_crop(pixels_CHW, list(step.size))
+
+
+def _as_tensor(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def _is_plain_jpeg(data: bytes) -> bool:
