@@ -29,6 +29,7 @@ lint: install
 bench: install
 	$(RUN)/python benchmarks/train_step.py
 	$(RUN)/python benchmarks/make_shards.py
+	$(RUN)/python -m benchmarks.stream
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

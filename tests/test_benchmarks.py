@@ -1,16 +1,22 @@
 """The benchmark's plain step is one more reference of the objective: the same loss and gradients, and a void comparison
-is refused."""
+is refused. The stream's gives figures of readers that gave what they were asked for, and reasons for the others."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from benchmarks import make_shards, train_step
+from benchmarks import make_shards, stream, stream_readers, train_step
+from benchmarks.stream_environments import NotInstalled
 from benchmarks.train_step import SIZES, Batch, build, check_same_loss, main, peak_bytes, peaks_apart, write_clip
 from diffcap_dist.diffusion import objective
 
@@ -84,3 +90,67 @@ def test_the_benchmark_of_make_shards_writes_the_ratios(tmp_path: Path, capsys: 
     speed = result["mb_per_second"]
     assert result["ratios"]["ours / tar cf"] == speed["ours, 1 worker"] / speed["tar cf"]
     assert set(result["seconds_to_open"]) == {"1000", "100000"} and "ours / ShardWriter" in capsys.readouterr().out
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    (tmp_path / "photos").mkdir()
+    for number in range(2):
+        Image.new("RGB", (300, 280), (90 * number, 90, 90)).save(tmp_path / f"photos/{number}.jpg")
+    return tmp_path / "photos"
+
+
+def in_this_process(python: Path, module: str, words: list[object], scratch: Path) -> list[str]:
+    """What `stream.run_module` does, without seconds of imports for each run."""
+    threads, printed = torch.get_num_threads(), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        stream_readers.main([str(word) for word in words])
+    torch.set_num_threads(threads)
+    return printed.getvalue().splitlines()
+
+
+STREAM_WORDS = ["--samples", "40", "--decoded-samples", "4", "--batch-size", "2", "--samples-per-shard", "10"]
+
+
+def test_the_benchmark_of_the_stream_measures_or_says_why_not(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stream, "run_module", in_this_process)
+    monkeypatch.setattr(stream, "environment_of", lambda *_: NotInstalled("no network"))
+    monkeypatch.setattr(stream, "sample_at_figures", functools.partial(stream.sample_at_figures, num_shards=9, calls=9))
+    out = tmp_path / "stream.json"
+    words = [*STREAM_WORDS, "--workers", "0", "--rounds", "1", "--photos", str(photos), "--out", str(out)]
+    assert stream.main([*words, "--readers", "ours", "webdataset", "tarfile", "litdata"]) == 0
+    result, text = json.loads(out.read_text()), capsys.readouterr().out
+    for name, of_reader in result["medians"].items():
+        assert of_reader.keys() == {"ours", "webdataset", "tarfile"}, result["not_measured"][name]
+        assert result["not_measured"][name] == {"litdata": "no network"}
+    undecoded = result["medians"]["undecoded"]
+    ratio = result["ratios"]["undecoded, ours / webdataset (goal 5)"]
+    assert ratio == undecoded["ours"] / undecoded["webdataset"]
+    assert "LitData                not measured: no network" in text and "by reading and discarding" in text
+
+
+def test_a_reader_that_loses_samples_is_not_measured(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "run_module", in_this_process)
+    monkeypatch.setitem(stream_readers.READERS, "tarfile", lambda setup: list(stream_readers.open_tarfile(setup))[1:])
+    scale, pythons = stream.Scale(40, 4, 2, 10, (0,), 1), {"tarfile": Path(sys.executable)}
+    folders, pythons = stream.write_datasets(tmp_path, scale, photos, pythons)
+    runs = stream.Runs(tmp_path, scale, pythons, folders)
+    runs.save_states()
+    runs.round()
+    assert runs.missing["undecoded"] == {"tarfile": "it gave 38 different samples of 40"}
+    assert not runs.figures("undecoded")
+
+
+@pytest.mark.slow
+def test_a_reader_runs_in_a_process_of_its_own(photos: Path, tmp_path: Path) -> None:
+    scale = stream.Scale(40, 4, 2, 10, (0,), 1)
+    folders, _ = stream.write_datasets(tmp_path, scale, photos, {"ours": Path(sys.executable)})
+    words = [folders["small", "ours"], "--samples", 40, "--batch-size", 2]
+    run = stream.run_reader(Path(sys.executable), "ours", words, tmp_path)
+    assert run["different_samples"] == 40 and run["samples_per_second"] > 0
+    with pytest.raises(stream.NotMeasured, match=r"no index\.json"):
+        stream.run_reader(Path(sys.executable), "ours", [tmp_path / "photos"], tmp_path)
