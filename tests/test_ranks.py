@@ -205,3 +205,59 @@ def test_damage_is_replaced_counted_and_bounded(tiny_config: Path, scene_shards:
     command = launch_command(2, "diffcap_dist.train", str(tiny_config), *words, f"run_dir={tmp_path / 'strict'}")
     failed = subprocess.run(command, capture_output=True, text=True, timeout=240, env=rank_environment())
     assert failed.returncode != 0 and "1 of 64 training samples are damaged" in failed.stdout + failed.stderr
+
+
+PAPERS = """
+data.begin_token=true model.x0_from=head model.embedding_std=0.05 model.position_init_std=0.02
+model.normalize_features=false model.mask_padding=true model.time_embedding=false model.self_conditioning=false
+model.text_token=true diffusion.noise_scale=1 diffusion.timesteps_per_caption=5 diffusion.timesteps=shared
+diffusion.shared_noise=true diffusion.restore_loss=l1 diffusion.restore_weight=1 diffusion.first_step_weight=1
+diffusion.rounding_weight=0.3 diffusion.dynamic_rounding=1 diffusion.loss_reduction=series_sum_sample_mean
+diffusion.text_guidance=0.3 diffusion.image_drop_rate=0 diffusion.self_conditioning_rate=0
+optimizer.schedule=constant optimizer.warmup_steps=0 optimizer.max_grad_norm=0 optimizer.hold_steps=4
+training.ema_decay=0 training.export=last training.validate_every=6 training.save_every=6
+sampler.name=x0_feedback sampler.num_inference_steps=5 sampler.remove_repeats=true
+"""
+
+
+def test_the_papers_recipe_trains_resumes_and_stops_early(
+    tiny_config: Path, scene_shards: Path, tmp_path: Path
+) -> None:
+    """Every choice of the paper in one run: 12 steps == 6 + 6 with lambda in the state; then its early stop."""
+    clip, shards = tmp_path / "clip", tmp_path / "shards"
+    saved_clip("vit", clip)
+    shutil.copytree(scene_shards, shards)
+    assert make_shards.main(["features", str(shards), "--encoder", str(clip)]) == 0
+    words = [*PAPERS.split(), f"data.shards={shards}", "data.features=clip", f"encoder.name={clip}"]
+
+    def train(name: str, *more: str) -> tuple[dict, str]:
+        command = [
+            sys.executable,
+            "-m",
+            "diffcap_dist",
+            "train",
+            str(tiny_config),
+            *words,
+            f"run_dir={tmp_path / name}",
+        ]
+        done = subprocess.run([*command, *more], capture_output=True, text=True, env=rank_environment())
+        assert done.returncode == 0, done.stderr[-3000:]
+        newest = max((tmp_path / name / "checkpoints").glob("step_*"))
+        state = json.loads((newest / "state.json").read_text())
+        return {**state, "seconds": 0, "weights": load_file(newest / "ema.safetensors")}, done.stderr
+
+    whole, _ = train("whole", "training.num_steps=12")
+    train("parts", "training.num_steps=6")
+    parts, _ = train("parts", "training.num_steps=12")
+    expected, got = whole.pop("weights"), parts.pop("weights")
+    assert whole == parts and whole["step"] == 12 and 0 < whole["rounding_weight"] != 0.3
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert any(name.startswith("denoiser.head.") for name in expected)
+
+    stop = ["diffusion.dynamic_rounding=0", "training.num_steps=1000", "training.early_stop_ratio=1e-6"]
+    stopped, said = train("stopped", *stop)
+    assert stopped["step"] == 6 and stopped["early_stopped"] and "early stop at step 6" in said
+    about = json.loads((tmp_path / "stopped" / "export" / "about.json").read_text())
+    assert about["step"] == 6
+    again, said = train("stopped", *stop)
+    assert again["step"] == 6 and "nothing to do" in said
