@@ -1,4 +1,4 @@
-"""`diffcap report RUN`: what a run trained, scored and wrote, as one page, `RUN/report.html`.
+"""`diffcap report RUN`: what a run trained, scored and wrote, as one page, `RUN/report.html`; of a sweep, its table.
 
 In: a run directory (config.yaml, metrics.jsonl, scores.json, predictions/) and the shards its pictures lie in. Out: one
 self-contained HTML file: no script, no link to anything outside. What the run does not have is said on the page. It
@@ -29,6 +29,8 @@ from diffcap_dist.data.shard_format import atomic_write
 from diffcap_dist.data.shard_store import ShardStore
 from diffcap_dist.evaluation.scene_facts import Scene, judge
 from diffcap_dist.run_dir import RunDir
+from diffcap_dist.sweep_dir import SweepDir
+from diffcap_dist.sweep_report import write_sweep_report
 
 NUM_EMERGENCES = 6
 NUM_GALLERY = 24
@@ -63,8 +65,14 @@ Points = list[tuple[float, float | None]]  # (step, value); None: not finite
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="diffcap report", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
-    print(write_report(RunDir(parser.parse_args(argv).run)))
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, or a sweep's (launch/sweep.py)")
+    folder = parser.parse_args(argv).run
+    if SweepDir(folder).description.is_file():
+        page, table = write_sweep_report(SweepDir(folder))
+        print(table)
+        print(page)
+    else:
+        print(write_report(RunDir(folder)))
     return 0
 
 

@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
     0: ["config", "run_dir", "data.shard_format", "data.photo", "data.pixels"],
     1: [
+        "sweep_dir",
         "data.order", "data.captions", "data.augmentation", "data.shard_store",
         "model.denoiser", "model.image_encoder", "diffusion.schedule",
         "training.distributed", "training.ema", "training.learning_rate", "training.preemption",
@@ -21,7 +22,7 @@ LAYERS = {
         "evaluation.score_rows",
     ],
     3: ["training.checkpoint", "evaluation.captioner"],
-    4: ["evaluation.validation", "evaluation.seed_protocol"],
+    4: ["sweep_report", "evaluation.validation", "evaluation.seed_protocol"],
     5: ["train", "evaluate", "caption", "report", "demo", "train_clip"],
     6: ["__main__"],
 }  # fmt: skip
