@@ -118,7 +118,7 @@ def our_decoded(setup: Setup, exact: bool) -> Iterator[Batch]:
     stream.load_state_dict({"samples_seen": setup.skip})
     mean_C11, std_C11 = torch.tensor(CLIP_MEAN).view(-1, 1, 1), torch.tensor(CLIP_STD).view(-1, 1, 1)
     for batch in stream:
-        yield batch.keys, (batch.images_NCHW.float() / 255 - mean_C11) / std_C11, batch.ids_NCL
+        yield batch.keys, batch.images_NCHW.float().div_(255).sub_(mean_C11).div_(std_C11), batch.ids_NCL
 
 
 def open_webdataset(setup: Setup) -> Iterable[Batch]:
