@@ -3,7 +3,8 @@
 In: a run directory with an exported captioner, and its shards. Out: ``predictions/SPLIT.jsonl``,
 ``predictions/emergence.json`` and ``scores.json`` with the floor and human rows, and CLIPScores where the run's CLIP
 can be had. The photos are partitioned exactly, so the scores are the same for any number of ranks:
-`deepspeed --module diffcap_dist.evaluate RUN` shares the work.
+`deepspeed --module diffcap_dist.evaluate RUN` shares the work. ``--protocol seed`` adds the published code's private
+score to ``scores.json`` and changes nothing else there.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from diffcap_dist.data.shard_format import atomic_write
+from diffcap_dist.data.shard_format import atomic_write, references_of
+from diffcap_dist.data.shard_store import ShardStore
 from diffcap_dist.data.stream import Photo, ShardReader, all_records, evaluation_photos
-from diffcap_dist.evaluation import protocol
+from diffcap_dist.evaluation import protocol, seed_protocol
 from diffcap_dist.evaluation.captioner import Captioner, Draft, about_export, load_captioner
 from diffcap_dist.evaluation.clip_score import PROMPT, ClipFeatures, prompted
 from diffcap_dist.evaluation.score_rows import ScoreRows
@@ -59,7 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="diffcap evaluate", description=__doc__)
     parser.add_argument("run", type=Path, help="a run directory")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="e.g. sampler.num_inference_steps=5")
-    parser.add_argument("--split", default="test", help="which split of the shards (default: test)")
+    parser.add_argument("--split", help="which split of the shards (default: test, or val where there is no test)")
+    parser.add_argument(
+        "--protocol", choices=("ours", "seed"), default="ours", help="seed: the published code's score (default: ours)"
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="photos at a time on one rank")
     parser.add_argument("--retrieval", action="store_true", help="also score retrieval from the training features")
     parser.add_argument(
@@ -67,9 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; LOCAL_RANK says it
     args = parser.parse_intermixed_args(argv)
+    if args.protocol == "seed" and args.retrieval:
+        parser.error("--retrieval belongs to our protocol: leave out --protocol seed")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     ranks = distributed.init_ranks()
     try:
+        if args.protocol == "seed":
+            return _print_seed(RunDir(args.run), evaluate_as_seed(args, ranks))
         scores = evaluate(
             RunDir(args.run), args.split, args.settings, args.batch_size, args.retrieval, not args.no_clip_score, ranks
         )
@@ -81,9 +90,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def evaluate_as_seed(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | None:
+    """The entry ``seed_protocol`` of scores.json on rank 0, None elsewhere. All ranks enter."""
+    run_dir = RunDir(args.run)
+    # One draw a row, as in the published code; the sampler is otherwise the run's.
+    captioner, encoder = _load(run_dir, [*args.settings, "sampler.candidates=1"], ranks)
+    tokenizer, length, sampler = captioner.tokenizer, captioner.config.data.max_length, captioner.config.sampler
+    split = args.split or _default_split(captioner)
+    reader = _reader(captioner, split, encoder)
+    rows = seed_protocol.caption_rows(reader)
+    features_of = partial(photo_features, encoder=encoder, device=ranks.device, dtype=torch.float32)
+    bleu_4 = seed_protocol.model_bleu(captioner, reader, features_of, rows, args.batch_size, ranks)
+    if bleu_4 is None:
+        return None
+    validation = _validation_records(captioner, encoder)
+    floor_caption = _floor_caption(validation)
+    entry = {
+        "bleu_4": bleu_4,
+        "rows": len(rows),
+        "floor": seed_protocol.floor_bleu(floor_caption, rows, tokenizer, length),
+        "human": seed_protocol.human_bleu(rows, tokenizer, length),
+        "floor_caption": floor_caption,
+        "split": split,
+        "split_by": seed_protocol.split_by(rows),
+        "sampler": sampler.name,
+        "num_inference_steps": sampler.num_inference_steps,
+        "step": about_export(run_dir.export)["step"],
+        "world_size": ranks.world_size,
+    }
+    scores = json.loads(run_dir.scores.read_text(encoding="utf-8")) if run_dir.scores.is_file() else {}
+    atomic_write(run_dir.scores, json.dumps({**scores, "seed_protocol": entry}, indent=2).encode())
+    return entry
+
+
+def _print_seed(run_dir: RunDir, entry: Mapping[str, Any] | None) -> int:
+    if entry is not None:
+        print(seed_protocol.as_text(entry))
+        print(f"in {run_dir.scores}, as seed_protocol")
+    return 0
+
+
 def evaluate(
     run_dir: RunDir,
-    split: str,
+    split: str | None,
     settings: Sequence[str],
     batch_size: int,
     retrieval: bool,
@@ -91,12 +140,9 @@ def evaluate(
     ranks: Ranks,
 ) -> dict[str, Any] | None:
     """Caption and score; the scores on rank 0, None elsewhere. All ranks enter."""
-    run_dir.load_config()
-    captioner = load_captioner(run_dir.export, settings, ranks.device)
+    captioner, encoder = _load(run_dir, settings, ranks)
     config = captioner.config
-    encoder = None
-    if not config.data.features:
-        encoder = ImageEncoder(config.encoder.name, config.encoder.pretrained).to(ranks.device)
+    split = split or _default_split(captioner)
     reader = _reader(captioner, split, encoder)
     started = time.perf_counter()
     captions, records = _caption_share(captioner, reader, encoder, batch_size, ranks)
@@ -130,6 +176,7 @@ def evaluate(
     scores["gap_closed"] = (scores["bleu_4"] - scores["floor"]["bleu_4"]) / gap
     if retrieval:
         scores["retrieval"] = _retrieval_rows(captioner, reader, rows)
+    scores |= _seed_entry(run_dir, scores["step"])
     _write(run_dir, split, captions, records, _emergence(captioner, reader, encoder, ranks), scores)
     return scores
 
@@ -151,6 +198,28 @@ def _table(rows: Mapping[str, Mapping[str, Any]], known: Sequence[str]) -> list[
         cells = [f"{row[n]:.4f}" if n in row else "-" for n in names]
         lines.append(f"{title:<{width}}" + "".join(f"  {c:>{max(7, len(n))}}" for c, n in zip(cells, names)))
     return lines
+
+
+def _load(run_dir: RunDir, settings: Sequence[str], ranks: Ranks) -> tuple[Captioner, ImageEncoder | None]:
+    run_dir.load_config()
+    captioner = load_captioner(run_dir.export, settings, ranks.device)
+    config = captioner.config
+    if config.data.features:
+        return captioner, None
+    return captioner, ImageEncoder(config.encoder.name, config.encoder.pretrained).to(ranks.device)
+
+
+def _default_split(captioner: Captioner) -> str:
+    """A dataset that is split by caption rows has no test split."""
+    data = captioner.config.data
+    return "test" if ShardStore(data.shards).index.num_samples("test") else data.val_split
+
+
+def _seed_entry(run_dir: RunDir, step: int) -> dict[str, Any]:
+    """What an earlier ``--protocol seed`` found of the same export."""
+    scores = json.loads(run_dir.scores.read_text(encoding="utf-8")) if run_dir.scores.is_file() else {}
+    entry = scores.get("seed_protocol", {})
+    return {"seed_protocol": entry} if entry.get("step") == step else {}
 
 
 def _reader(captioner: Captioner, split: str, encoder: ImageEncoder | None) -> ShardReader:
@@ -219,7 +288,7 @@ def _clip_share(
     for block in tqdm(blocks, disable=not ranks.is_first, unit="block", desc="CLIPScore", dynamic_ncols=True):
         photos = list(evaluation_photos(reader, block, num_blocks))
         photo_NF = photo_features(photos, encoder, ranks.device, torch.float32).pooled_NF.cpu().numpy()
-        texts = [photo.record["captions"] for photo in photos]
+        texts = [references_of(photo.record) for photo in photos]
         texts_MF = _encode_texts(clip, prompted(text for captions in texts for text in captions))
         references = np.split(texts_MF, np.cumsum([len(captions) for captions in texts])[:-1])
         features.update((p.key, ClipFeatures(p_F, r_RF)) for p, p_F, r_RF in zip(photos, photo_NF, references))
@@ -245,9 +314,13 @@ def _validation_records(captioner: Captioner, encoder: ImageEncoder | None) -> d
 
 def _floor_row(rows: ScoreRows, validation: Mapping[str, dict]) -> dict[str, Any]:
     """The row of the constant caption that is best on validation."""
-    references = {key: record["captions"] for key, record in validation.items()}
-    caption = protocol.floor_caption(references, [text for texts in references.values() for text in texts])
+    caption = _floor_caption(validation)
     return {"caption": caption, **rows.of(dict.fromkeys(rows.records, caption))}
+
+
+def _floor_caption(validation: Mapping[str, dict]) -> str:
+    references = {key: references_of(record) for key, record in validation.items()}
+    return protocol.floor_caption(references, [text for texts in references.values() for text in texts])
 
 
 def _retrieval_rows(captioner: Captioner, reader: ShardReader, rows: ScoreRows) -> dict[str, dict[str, float]]:
@@ -292,7 +365,7 @@ def _write(
 ) -> None:
     run_dir.predictions.mkdir(exist_ok=True)
     lines = [
-        json.dumps({"key": key, "caption": captions[key], "references": records[key]["captions"]})
+        json.dumps({"key": key, "caption": captions[key], "references": references_of(records[key])})
         for key in sorted(captions)
     ]
     atomic_write(run_dir.predictions / f"{split}.jsonl", ("\n".join(lines) + "\n").encode())

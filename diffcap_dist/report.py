@@ -25,7 +25,7 @@ from PIL import Image
 
 from diffcap_dist.config import Config
 from diffcap_dist.data.photo import upright_rgb
-from diffcap_dist.data.shard_format import atomic_write
+from diffcap_dist.data.shard_format import atomic_write, references_of
 from diffcap_dist.data.shard_store import ShardStore
 from diffcap_dist.evaluation.scene_facts import Scene, judge
 from diffcap_dist.run_dir import RunDir
@@ -117,7 +117,8 @@ def read_run(run: RunDir) -> RunData:
     if not records:
         missing["metrics"] = "No metrics.jsonl in this run: it has not been trained yet."
     scores = json.loads(run.scores.read_text(encoding="utf-8")) if run.scores.is_file() else {}
-    if not scores:
+    if not scores.keys() - {"seed_protocol"}:
+        scores = {}
         missing["scores"] = "No scores.json in this run: it has not been evaluated yet."
     split = scores.get("split", "test")
     predictions, emergences = _read_captions(run, split, missing)
@@ -161,7 +162,7 @@ def read_samples(store: ShardStore, split: str, keys: set[str]) -> dict[str, Sam
         for number in range(len(shard)):
             if (key := shard.key(number)) in keys:
                 record, data = shard.record(number), shard.image_bytes(number)
-                found[key] = Sample(picture_uri(data) if data else None, record["captions"], record.get("scene"))
+                found[key] = Sample(picture_uri(data) if data else None, references_of(record), record.get("scene"))
         shard.close()
     if lost := sorted(keys - found.keys()):
         raise ValueError(

@@ -104,7 +104,7 @@ def shards(scene_shards: Path, clip_folder: Path, tmp_path_factory: pytest.TempP
     return folder
 
 
-def exported_run(root: Path, shards: Path, encoder: str, features: str) -> RunDir:
+def exported_run(root: Path, shards: Path, encoder: str, features: str, split: str = "test") -> RunDir:
     """A run whose captioner was never trained: it writes something all the same."""
     config = Config(run_dir=str(root))
     config.data = dataclasses.replace(config.data, shards=str(shards), features=features, max_length=8)
@@ -116,7 +116,7 @@ def exported_run(root: Path, shards: Path, encoder: str, features: str) -> RunDi
     run.begin(config)
     online = None if features else ImageEncoder(encoder)
     transform = online.pixel_transform() if online else None
-    reader = ShardReader(str(shards), "test", features, transform=transform)
+    reader = ShardReader(str(shards), split, features, transform=transform)
     texts = [text for photo in evaluation_photos(reader) for text in photo.record["captions"]]
     tokenizer = CaptionTokenizer.from_captions(texts)
     width = online.pooled_dim if online else reader.feature_info.pooled_dim  # type: ignore[union-attr]

@@ -49,11 +49,18 @@ class Captioner:
         self.denoiser, self.config, self.tokenizer = denoiser, config, tokenizer
         self.schedule = NoiseSchedule(config.diffusion.schedule, config.diffusion.noise_scale)
 
-    @torch.no_grad()
     def caption(
         self, features: ImageFeatures, keys: Sequence[str], drafts: list[list[Draft]] | None = None
     ) -> list[str]:
         """One caption per photo. ``drafts``, when given, receives a list of Drafts per photo (first candidate)."""
+        texts, count = self._texts(self.caption_ids(features, keys, drafts)), self.config.sampler.candidates
+        return [_most_agreed(texts[i * count : (i + 1) * count]) for i in range(len(keys))]
+
+    @torch.no_grad()
+    def caption_ids(
+        self, features: ImageFeatures, keys: Sequence[str], drafts: list[list[Draft]] | None = None
+    ) -> Tensor:
+        """ids_BL as the denoiser leaves them, special tokens and repeats included; a photo's candidates together."""
         sampler = self.config.sampler
         denoise = _GuidedDenoiser(self.denoiser, features, sampler.guidance_scale)
         shape = (sampler.candidates, self.config.data.max_length, self.denoiser.embedding_dim)
@@ -80,12 +87,10 @@ class Captioner:
                 noise=lambda step: noise(f"step {step}"),
                 on_step=on_step,
             )
-        texts = self._texts(denoise.logits_BLV)
-        count = sampler.candidates
-        return [_most_agreed(texts[i * count : (i + 1) * count]) for i in range(len(keys))]
+        return denoise.logits_BLV.argmax(dim=-1)
 
-    def _texts(self, logits_BLV: Tensor) -> list[str]:
-        texts = self.tokenizer.decode(logits_BLV.argmax(dim=-1).cpu().numpy())
+    def _texts(self, ids_BL: Tensor) -> list[str]:
+        texts = self.tokenizer.decode(ids_BL.cpu().numpy())
         return [remove_repeats(text) for text in texts] if self.config.sampler.remove_repeats else texts
 
     def _record(self, drafts: list[list[Draft]], step: int, t: float, logits_BLV: Tensor, photos: int) -> None:
@@ -93,7 +98,7 @@ class Captioner:
         if not drafts:
             drafts.extend([] for _ in range(photos))
         probability_NL, ids_NL = first_NLV.float().softmax(dim=-1).max(dim=-1)
-        for draft, text, best_L, ids_L in zip(drafts, self._texts(first_NLV), probability_NL, ids_NL):
+        for draft, text, best_L, ids_L in zip(drafts, self._texts(ids_NL), probability_NL, ids_NL):
             kept = self.tokenizer.word_positions(ids_L.tolist())
             confidence = [round(best_L[i].item(), 4) for i in kept]
             # Word pieces and removed repeats leave no one-to-one match: then no confidence is claimed.

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from diffcap_dist.data.shard_format import references_of
 from diffcap_dist.evaluation import protocol
 from diffcap_dist.evaluation.clip_score import ClipFeatures, clip_scores, human_clip_scores, prompted
 from diffcap_dist.evaluation.scene_facts import scene_scores
@@ -34,7 +35,7 @@ class ScoreRows:
         clip_features: Mapping[str, ClipFeatures] | None = None,
     ) -> None:
         self.records = records
-        self.references: dict[str, list[str]] = {key: record["captions"] for key, record in records.items()}
+        self.references: dict[str, list[str]] = {key: references_of(record) for key, record in records.items()}
         self.has_scenes = all("scene" in record for record in records.values())
         self.encode_texts = encode_texts
         self.clip_features = [clip_features[key] for key in records] if clip_features is not None else []
