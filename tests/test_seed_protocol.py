@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import BertWordPieceTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from diffcap_dist import __main__ as diffcap
 from diffcap_dist.data.captions import SPECIAL_TOKENS, CaptionTokenizer
@@ -23,11 +26,14 @@ from diffcap_dist.evaluation.seed_protocol import (
     floor_bleu,
     human_bleu,
     hypothesis_words,
+    mean_bleu,
     reference_words,
     row_words,
 )
 from diffcap_dist.run_dir import RunDir
 from shards import make_shards
+from shards.caption_files import read_captions
+from shards.splits import row_splits
 from tests.conftest import TINY_SETTINGS, launch
 from tests.reference import inference, seed_metric
 from tests.test_clip_score import exported_run
@@ -136,6 +142,26 @@ def test_human_and_floor_rows_are_those_of_the_reference() -> None:
     expected = seed_metric.seed_bleu(floor, references)
     assert floor_bleu(captions[0], rows, TOKENIZER, 12) == pytest.approx(expected, abs=1e-12)
     assert human_bleu(rows_of([{"captions": ["no others"]}] * 8), TOKENIZER, 12) is None
+
+
+@pytest.mark.skipif("DIFFCAP_DATA" not in os.environ, reason="needs the real captions: set DIFFCAP_DATA")
+def test_people_score_on_flickr8k_what_the_audit_says() -> None:
+    """A person 0.165, a training caption of the same photo 0.667, a plausible constant 0.063; split by rows."""
+    data = Path(os.environ["DIFFCAP_DATA"])
+    wordpieces = BertWordPieceTokenizer(str(data / "bert-base-uncased-vocab.txt"), lowercase=True)
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=wordpieces._tokenizer, **names)
+    tokenizer = CaptionTokenizer(fast, begin_token=True)
+    captions = read_captions(data / "flickr8k" / "captions.txt").captions
+    split_of = row_splits({name: len(found) for name, found in captions.items()}, "rows:0")
+    held_out = {name: [c for c, s in zip(found, split_of[name]) if s == "val"] for name, found in captions.items()}
+    rows = rows_of([{"captions": own, "references": captions[name]} for name, own in held_out.items() if own])
+    assert len(rows) == 7088
+    assert human_bleu(rows, tokenizer, 16) == pytest.approx(0.165, abs=0.005)
+    constant = "a man in a blue shirt is standing on a rock ."
+    assert floor_bleu(constant, rows, tokenizer, 16) == pytest.approx(0.063, abs=0.02)
+    echo = mean_bleu(lambda batch: caption_words([row.caption for row in batch], tokenizer, 16), rows)
+    assert echo == pytest.approx(0.667, abs=0.01)
 
 
 # ---- In `evaluate` ----
