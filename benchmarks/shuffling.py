@@ -74,13 +74,13 @@ def epoch_of(order: SampleOrder, epoch: int, num_checked: int = 200) -> np.ndarr
     From the order's own line and windows; ``num_checked`` positions, the first and the last are asked of ``sample_at``.
     """
     num_samples, spans = order.num_samples, order.canonical_spans
-    shard_order, ends = order._line(epoch)
+    shard_order, ends = map(np.asarray, order._line(epoch))
     first_of_shard = np.concatenate([[0], np.cumsum(order.counts)[:-1]])
     line = np.repeat(first_of_shard[shard_order] - (ends - order.counts[shard_order]), order.counts[shard_order])
     line += np.arange(num_samples)
     stream = np.empty(num_samples, np.int64)
     for slot, span in enumerate(order._span_of_slot):
-        of_span = line[int(order._span_start[span]) : int(order._span_start[span + 1])]
+        of_span = line[order._span_start[span] : order._span_start[span + 1]]
         places, begin = [np.empty(0, np.int64)], 0
         while begin < len(of_span):
             window, _, end = order.window_at(slot, begin)

@@ -110,8 +110,8 @@ def in_place(self: SampleOrder, epoch: int, slot: int, window: int, length: int)
     return np.arange(length)
 
 
-def shards_in_order(self: SampleOrder, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.arange(len(self.counts)), np.cumsum(self.counts)
+def shards_in_order(self: SampleOrder, epoch: int) -> tuple[list[int], list[int]]:
+    return list(range(len(self.counts))), np.cumsum(self.counts).tolist()
 
 
 def deaf_to(purpose: str, argument: int) -> Callable[..., int]:

@@ -11,9 +11,11 @@ so any of them can be asked for at any time, in any process.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
 
@@ -79,9 +81,10 @@ class SampleOrder:
         self._span_of_slot = [digit_reversal(slot, _prime_factors(canonical_spans)) for slot in range(canonical_spans)]
         length, longer = divmod(self.num_samples, canonical_spans)
         # The longer spans are those of the first slots, which the last row of an epoch is dealt to.
-        self._span_length = np.full(canonical_spans, length, np.int64)
-        self._span_length[self._span_of_slot[:longer]] += 1
-        self._span_start = np.concatenate([[0], np.cumsum(self._span_length)])
+        self._span_length = [length] * canonical_spans
+        for span in self._span_of_slot[:longer]:
+            self._span_length[span] += 1
+        self._span_start = [0, *accumulate(self._span_length)]
         # Kept per instance (an lru_cache on a method would keep every instance alive).
         self._line = lru_cache(maxsize=2)(self._make_line)
         self._window = lru_cache(maxsize=2 * canonical_spans)(self._make_window)
@@ -93,12 +96,11 @@ class SampleOrder:
         epoch, q = divmod(position, self.num_samples)
         element, slot = divmod(q, self.canonical_spans)
         window, start, end = self.window_at(slot, element)
-        on_line = int(self._span_start[self._span_of_slot[slot]]) + start
-        on_line += int(self._window(epoch, slot, window, end - start)[element - start])
+        on_line = self._span_start[self._span_of_slot[slot]] + start
+        on_line += self._window(epoch, slot, window, end - start).item(element - start)
         shard_order, ends = self._line(epoch)
-        at = int(np.searchsorted(ends, on_line, side="right"))
-        start = int(ends[at - 1]) if at else 0
-        return Place(epoch, int(shard_order[at]), on_line - start)
+        at = bisect_right(ends, on_line)
+        return Place(epoch, shard_order[at], on_line - (ends[at - 1] if at else 0))
 
     def span_at(self, position: int) -> float:
         """Which part of the line position >= 0 lies in: its span's number over C, in [0, 1)."""
@@ -110,7 +112,7 @@ class SampleOrder:
         Windows end at another element in each slot: were it the same, all spans would need new shards at one moment.
         A first or last window of less than half the size joins its neighbour, for it would hardly shuffle.
         """
-        size, length = self.shuffle_window, int(self._span_length[self._span_of_slot[slot]])
+        size, length = self.shuffle_window, self._span_length[self._span_of_slot[slot]]
         first_end = size * (slot + 1) // self.canonical_spans
         if 2 * first_end < size:
             first_end += size
@@ -121,9 +123,10 @@ class SampleOrder:
         start = first_end + (number - 1) * size if number else 0
         return number, start, length if number == last else first_end + number * size
 
-    def _make_line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _make_line(self, epoch: int) -> tuple[list[int], list[int]]:
+        """The shards in the epoch's order, and where each ends on the line. Lists: arrays are slow to look up."""
         shard_order = np.random.default_rng(draw(self.seed, "shards", epoch)).permutation(len(self.counts))
-        return shard_order, np.cumsum(self.counts[shard_order])
+        return shard_order.tolist(), np.cumsum(self.counts[shard_order]).tolist()
 
     def _make_window(self, epoch: int, slot: int, window: int, length: int) -> np.ndarray:
         return np.random.default_rng(draw(self.seed, "window", epoch, slot, window)).permutation(length)
@@ -142,13 +145,13 @@ class MixedOrder:
         if min(self.shares, default=0) < 1:
             raise ValueError(f"each dataset of a mix must give at least one sample an epoch; these give {self.shares}")
         self.num_samples = sum(self.shares)
-        self._first_shard = np.concatenate([[0], np.cumsum([len(order.counts) for order in orders])])
+        self._first_shard = [0, *accumulate(len(order.counts) for order in orders)]
 
     def sample_at(self, position: int) -> Place:
         """The place of position >= 0."""
         dataset, own_position = self._own_position(position)
         place = self.orders[dataset].sample_at(own_position)
-        return Place(place.epoch, int(self._first_shard[dataset]) + place.shard, place.sample)
+        return place if dataset == 0 else Place(place.epoch, self._first_shard[dataset] + place.shard, place.sample)
 
     def span_at(self, position: int) -> float:
         """Which part of its dataset's line position >= 0 lies in, in [0, 1)."""

@@ -405,20 +405,23 @@ class Shard:
         if column is None:
             return None
         members = self._members
-        offset, size = int(members.offset[sample, column]), int(members.size[sample, column])
+        offset, size = members.offset.item(sample, column), members.size.item(sample, column)
         if offset < 0:
             return None
-        where = f"its {members.suffixes[column]} member at byte {offset}"
         try:
             data = os.pread(self._file.fileno(), size, offset)
         except OSError as error:
-            raise ShardDamage(self.path, self.key(sample), f"{where} can't be read ({error})") from error
+            raise self._damaged(sample, column, f"can't be read ({error})") from error
         if len(data) != size:
-            raise ShardDamage(self.path, self.key(sample), f"{where} has {len(data)} bytes, expected {size}")
-        found, expected = zlib.crc32(data), int(members.crc32[sample, column])
+            raise self._damaged(sample, column, f"has {len(data)} bytes, expected {size}")
+        found, expected = zlib.crc32(data), members.crc32.item(sample, column)
         if found != expected:
-            raise ShardDamage(self.path, self.key(sample), f"{where} has crc32 {found:08x}, expected {expected:08x}")
+            raise self._damaged(sample, column, f"has crc32 {found:08x}, expected {expected:08x}")
         return data
+
+    def _damaged(self, sample: int, column: int, found: str) -> ShardDamage:
+        where = f"its {self._members.suffixes[column]} member at byte {self._members.offset[sample, column]}"
+        return ShardDamage(self.path, self.key(sample), f"{where} {found}")
 
     def _feature_array(
         self, info: FeatureInfo, files: dict[str, dict[str, str]], kind: str, shape: tuple[int, ...]
