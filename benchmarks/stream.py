@@ -200,6 +200,7 @@ class Runs:
                         run = run_reader(python, reader, self._words(reader, question), self.scratch)
                         self._check(reader, question, run)
                         self.runs[name].setdefault(reader, []).append(run)
+                        print(f"{question.title}: {TITLES[reader]} {_number(run[question.figure])}", file=sys.stderr)
                     except NotMeasured as error:
                         self.missing[name][reader] = str(error)
 
@@ -337,7 +338,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--decoded-samples", type=int, default=1536, help="timed of each decoded run")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--samples-per-shard", type=int, default=1000)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="of the decoded runs")
+    parser.add_argument(
+        "--workers", type=int, nargs="*", default=[0, 2], help="of the decoded runs; none: no such runs"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--readers", nargs="+", choices=TITLES, default=list(TITLES))
     parser.add_argument("--photos", type=Path, help="a folder of JPEGs to use instead of made pictures")
