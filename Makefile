@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: install demo test fast lint bench clean
+.PHONY: install demo test fast lint bench cluster cluster-stop clean
 
 install: $(VENV)/.installed
 
@@ -30,6 +30,13 @@ bench: install
 	$(RUN)/python benchmarks/train_step.py
 	$(RUN)/python benchmarks/make_shards.py
 	$(RUN)/python -m benchmarks.stream
+
+# A real SLURM of two nodes on this machine: Debian, as root.
+cluster: install
+	$(RUN)/python -m tests.cluster.slurm start
+
+cluster-stop: install
+	$(RUN)/python -m tests.cluster.slurm stop
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
