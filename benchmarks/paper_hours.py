@@ -2,7 +2,7 @@
 
 In: a device. Out: seconds and floating-point operations of a step (forward, backward, AdamW) at the paper's size: 8
 captions x 100 timesteps, DistilBERT's body, 30,522 words, random weights. Then the hours of every row of every table.
-Where 800 rows in a step are too many (a CPU), ``--timesteps`` takes fewer: the time is multiplied, and the output says so.
+Where 800 rows in a step are too many (a CPU), ``--timesteps`` takes fewer: the time is multiplied; the output says so.
 
     python -m benchmarks.paper_hours
 """
