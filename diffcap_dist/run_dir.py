@@ -39,6 +39,8 @@ class RunDir:
         self.scores = self.root / "scores.json"
         self.report = self.root / "report.html"
         self.logs = self.root / "logs"
+        self.jobs = self.root / "jobs.jsonl"
+        self.snapshots = self.root / "snapshots"
 
     def begin(self, config: Config) -> None:
         """Write ``config.yaml``, or check that the run already here is of the same config.

@@ -1,0 +1,213 @@
+"""Around the ranks of a job, on its first node: what the batch script calls before and after srun.
+
+``before`` notes the start and prints a free port for the ranks to meet at. ``after`` decides: finished, failed (the
+first rank that failed is named, its traceback shown), or to be started again. A run is requeued when SLURM warned it of
+its time limit or of a preemption, or when a rank was killed, and as long as it makes progress: three starts in a row
+that saved nothing end it. Whoever cancels a job has it cancelled. No torch here: it has to be quick.
+
+Why not in the ranks, as submitit does: a requeue kills the step that asks for it, and submitit's ``checkpoint`` runs on
+one rank in the middle of a step. Here all ranks have saved together and ended before anybody asks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffcap_dist.run_dir import RunDir
+from launch.records import add_record, read_records
+from launch.sbatch import WARNING_SECONDS
+
+STARTS_WITHOUT_PROGRESS = 3
+PORTS = range(12000, 32000)  # below those that systems hand out for outgoing connections
+TAIL_LINES = 40
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """The first rank that failed, as srun said it."""
+
+    rank: int
+    node: str
+    how: str
+
+    @property
+    def was_killed(self) -> bool:
+        """By a signal, so that another start may go better; an error of its own would come again."""
+        return not self.how.startswith("Exited with exit code")
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.node}: {self.how}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="launch.job", description=__doc__)
+    parser.add_argument("what", choices=("before", "after"))
+    parser.add_argument("kind")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--status", type=int, default=0)
+    parser.add_argument("--said", type=Path)
+    args = parser.parse_args(argv)
+    run = RunDir(args.run)
+    if args.what == "before":
+        before(run, args.kind)
+        return 0
+    return after(run, args.kind, args.status, args.said)
+
+
+def before(run: RunDir, kind: str) -> None:
+    job, restarts = _job()
+    add_record(run, {"event": "start", "kind": kind, "job": job, "restarts": restarts, "step": saved_step(run)})
+    print(free_port())
+
+
+def after(run: RunDir, kind: str, status: int, said: Path) -> int:
+    """The job's exit status. 0 lets the jobs that wait for it start."""
+    job, restarts = _job()
+    words = said.read_text(errors="replace") if said.is_file() else ""
+    print(words, end="", file=sys.stderr)
+    found = culprit(words)
+    end = {"event": "end", "kind": kind, "job": job, "restarts": restarts, "status": status, "step": saved_step(run)}
+    if status == 0 and (kind != "train" or is_finished(run)):
+        add_record(run, {**end, "how": "finished"})
+        return 0
+    state = job_state(job)
+    if found is not None:
+        print(describe_failure(run, kind, job, found), file=sys.stderr)
+    how = _verdict(run, kind, job, status, found, state)
+    add_record(run, {**end, "how": how, "culprit": str(found) if found else None})
+    _say(f"{kind} of {run.root}: {how}")
+    if not how.startswith("requeued"):
+        return 0 if how.startswith("SLURM") else status or 75  # 75: EX_TEMPFAIL
+    return _requeue(job)
+
+
+def _verdict(run: RunDir, kind: str, job: str, status: int, found: Culprit | None, state: dict[str, str]) -> str:
+    """What becomes of a job whose ranks ended before the work was done."""
+    step = saved_step(run)
+    resume = f"continue with: python launch/submit.py resubmit {run.root}"
+    if state.get("JobState") not in (None, "RUNNING") and state.get("Reason") != "TimeLimit":
+        return f"SLURM ended it at step {step} ({state['JobState']}); unless it is requeued, {resume}"
+    if kind != "train":
+        return f"failed; when that is mended, {resume}"
+    if status and (found is None or not found.was_killed):
+        return f"failed at step {step}; when that is mended, {resume}"
+    if idle_starts(run, job, step) >= STARTS_WITHOUT_PROGRESS:
+        return f"given up: {STARTS_WITHOUT_PROGRESS} starts in a row saved nothing new; {resume}"
+    return f"requeued, saved at step {step}: " + (str(found) if found else why_stopped(state))
+
+
+def why_stopped(state: dict[str, str]) -> str:
+    """Time limit or preemption, from what SLURM knows of the job rather than from how long it ran."""
+    if state.get("PreemptTime", "None") not in ("None", "Unknown"):
+        return "preempted"
+    try:
+        left = time.mktime(time.strptime(state["EndTime"], "%Y-%m-%dT%H:%M:%S")) - time.time()
+    except (KeyError, ValueError):
+        return "a signal"
+    return "its time limit" if left <= WARNING_SECONDS + 60 and state.get("TimeLimit") != "UNLIMITED" else "a signal"
+
+
+def idle_starts(run: RunDir, job: str, step: int) -> int:
+    """Starts of this job, the newest ones, that began at the step that is saved now."""
+    starts = [r for r in read_records(run) if r["event"] == "start" and r["kind"] == "train" and r["job"] == job]
+    count = 0
+    for record in reversed(starts):
+        if record["step"] < step:
+            break
+        count += 1
+    return count
+
+
+def saved_step(run: RunDir) -> int:
+    """The step of the newest checkpoint, 0 without one."""
+    names = [path.parent.name for path in run.checkpoints.glob("step_*/state.json")]
+    return max((int(name.removeprefix("step_")) for name in names if not name.endswith(".tmp")), default=0)
+
+
+def is_finished(run: RunDir) -> bool:
+    """Whether training has come to its end, and not to a stop."""
+    step = saved_step(run)
+    try:
+        state: dict[str, Any] = json.loads((run.checkpoints / f"step_{step:08d}" / "state.json").read_text())
+        return bool(step >= run.load_config().training.num_steps or state.get("early_stopped"))
+    except (OSError, ValueError):
+        return False
+
+
+# ---- who failed ----
+
+
+def culprit(said: str) -> Culprit | None:
+    """The first rank that srun names. Later ones were ended by srun, or lost their neighbour."""
+    found = re.search(r"^srun: error: (\S+): tasks? (\d+)[^:]*: (.+)$", said, flags=re.MULTILINE)
+    return Culprit(int(found[2]), found[1], found[3].strip()) if found else None
+
+
+def describe_failure(run: RunDir, kind: str, job: str, found: Culprit) -> str:
+    log = run.logs / f"{kind}.{job}.{found.rank}.log"
+    return f"first to fail: {found} ({log})\n{last_traceback(log)}"
+
+
+def last_traceback(log: Path) -> str:
+    """The last traceback in a log, or its last lines where there is none."""
+    lines = re.split(r"[\r\n]+", log.read_text(errors="replace").rstrip()) if log.is_file() else ["it left no words"]
+    begins = [number for number, line in enumerate(lines) if "Traceback (most recent call last)" in line]
+    return "\n".join("  " + line for line in lines[begins[-1] if begins else -10 :][-TAIL_LINES:])
+
+
+# ---- SLURM ----
+
+
+def job_state(job: str) -> dict[str, str]:
+    """What ``scontrol show job`` says; empty where it can't be asked."""
+    try:
+        done = subprocess.run(["scontrol", "-o", "show", "job", job], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    return dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
+
+
+def _requeue(job: str) -> int:
+    """Ask for another start, and wait to be ended by it. The exit status where it is refused."""
+    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    if done.returncode:
+        _say(f"scontrol requeue {job} was refused: {done.stderr.strip()}. Resubmit the run by hand")
+        return 75
+    time.sleep(300)
+    return 75
+
+
+def _job() -> tuple[str, int]:
+    return os.environ.get("SLURM_JOB_ID", "0"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def free_port() -> int:
+    """One that nobody on this node listens at."""
+    for port in random.SystemRandom().sample(PORTS, 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+                return port
+            except OSError:
+                continue
+    raise OSError(f"no free port among 100 of {PORTS.start} to {PORTS.stop}")
+
+
+def _say(text: str) -> None:
+    print(time.strftime("%Y-%m-%d %H:%M:%S ") + text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
