@@ -11,13 +11,14 @@ import json
 import re
 import tarfile
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
+
+from isal.isal_zlib import crc32
 
 from diffcap_dist.data.shard_format import (
     IMAGE_SUFFIXES,
@@ -358,14 +359,14 @@ class _Reader:
         """crc32 of the next `size` bytes, and the bytes themselves when they are to be kept."""
         if keep:
             data = self.read(size)
-            crc32, found = zlib.crc32(data), len(data)
+            checksum, found = crc32(data), len(data)
         else:
-            data, crc32, found = None, 0, 0
+            data, checksum, found = None, 0, 0
             while found < size and (part := self.read(min(CHUNK, size - found))):
-                crc32, found = zlib.crc32(part, crc32), found + len(part)
+                checksum, found = crc32(part, checksum), found + len(part)
         if found < size:
             raise _refusal(self.place, self.position, None, f"the end of the file, {size - found} bytes too early")
-        return crc32, data
+        return checksum, data
 
     def require_zeros_to_the_end(self) -> None:
         """tarfile stops at the first block of zeros: two tars behind each other would lose the second."""

@@ -12,13 +12,13 @@ import hashlib
 import importlib.metadata
 import json
 import re
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
 import numpy as np
+from isal.isal_zlib import crc32
 from tqdm import tqdm
 
 from diffcap_dist.data.shard_format import INDEX_FILE, TAR_BLOCK, Member, MemberIndex, ShardIndex, ShardInfo, safe_key
@@ -406,7 +406,7 @@ class TarStream:
     def _append(self, key: str, suffix: str, data: bytes) -> Member:
         self._small += tar_header(f"{key}.{suffix}", len(data))
         self.size += TAR_BLOCK
-        member = Member(suffix, self.size, len(data), zlib.crc32(data))
+        member = Member(suffix, self.size, len(data), crc32(data))
         if len(data) > 8 * TAR_BLOCK:
             self._flush()
             self._write(data)

@@ -7,6 +7,7 @@ not know of images or models.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -24,6 +25,8 @@ class CaptionTokenizer:
     """A tokenizer with BERT's special tokens, seen as caption rows of fixed length."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, begin_token: bool = False) -> None:
+        # Its threads would take the cores of ranks and loader workers, and it warns at every fork.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         missing = [t for t in (PAD, UNK, SEP) if tokenizer.convert_tokens_to_ids(t) in (None, -1)]
         if missing:
             raise ValueError(f"the tokenizer has no {', '.join(missing)}; a BERT-style tokenizer is expected")

@@ -91,7 +91,8 @@ class ImageEncoder(nn.Module):
 
     def normalised(self, pixels_BCHW: Tensor) -> Tensor:
         """What the tower sees of uint8 pixels: the floats of the encoder's own preprocessing."""
-        return (pixels_BCHW.float() / 255 - self.mean_C11) / self.std_C11
+        # In place: a batch's temporaries took three times as long as the arithmetic.
+        return pixels_BCHW.float().div_(255).sub_(self.mean_C11).div_(self.std_C11)
 
     def load_images(self, images: Sequence[Image.Image]) -> Tensor:
         """pixels_BCHW of pictures, the exact way."""
