@@ -62,7 +62,8 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
 KillWait=3
-SlurmdTimeout=15
+EnforcePartLimits=ALL
+SlurmdTimeout=10
 ReturnToService=2
 AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
@@ -72,8 +73,8 @@ JobAcctGatherType=jobacct_gather/none
 GresTypes=gpu
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[n1]} CPUs=2 RealMemory={memory} Gres=gpu:2
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[n2]} CPUs=2 RealMemory={memory} Gres=gpu:2
-PartitionName=main Nodes=ALL Default=YES PriorityTier=10 PreemptMode=OFF DefaultTime=10 MaxTime=60
-PartitionName=low Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace} DefaultTime=10 MaxTime=60
+PartitionName=main Nodes=ALL Default=YES PriorityTier=10 PreemptMode=OFF DefaultTime=10
+PartitionName=low Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace} DefaultTime=10
 """
 
 SLURMDBD_CONF = """\
@@ -164,7 +165,10 @@ class Cluster:
         return " ".join(re.findall(r"JobState=(\w+)", self.scontrol("show", "job", job)))
 
     def wait_for_job(self, job: str, state: str, seconds: float = 60) -> None:
+        """Until it is in ``state``; an end also in the accounting, which is a moment later."""
         self._until(f"job {job} {state}", lambda: self.job_state(job) == state, seconds, lambda: self.job_state(job))
+        if state not in ("PENDING", "RUNNING"):
+            self._until(f"job {job} in sacct", lambda: self.sacct(job)[0]["State"].split()[0] == state)
 
     def sacct(self, job: str, fields: str = "JobID,State,ExitCode", duplicates: bool = False) -> list[dict[str, str]]:
         """The job and its steps as the accounting has them; with ``duplicates`` those before a requeue too."""
@@ -177,7 +181,7 @@ class Cluster:
         return dict(line.split() for line in lines)
 
     def kill_node(self, name: str) -> None:
-        """As a power cut: its slurmd, its steps and their processes, by SIGKILL. slurmctld notices after 15 s or so."""
+        """As a power cut: its slurmd, its steps and their processes. slurmctld notices in about 30 s."""
         self._kill(name)
         for pid in self._processes_on(name):
             with contextlib.suppress(ProcessLookupError):

@@ -1,19 +1,18 @@
-"""The cluster of the tests itself: jobs, accounting, requeue, preemption, a lost node."""
+"""The cluster of the tests itself: jobs, accounting, and all that ends a job and starts it again."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.slurm import GRACE, Cluster
+from tests.cluster.slurm import Cluster
 
 pytestmark = pytest.mark.slow
 
 # Says every start and every signal; ends at once when it is started for the second time.
 ENDURING = """#!/bin/bash
-trap 'echo USR2' USR2
+trap 'echo USR2; [ "$REQUEUE" ] && scontrol requeue $SLURM_JOB_ID' USR2
 trap 'echo TERM' TERM
 echo start $SLURM_RESTART_COUNT
 [ "$SLURM_RESTART_COUNT" ] && exit 0
@@ -32,34 +31,32 @@ def test_the_accounting_knows_a_job(slurm: Cluster, tmp_path: Path) -> None:
     assert states[job]["ExitCode"] == "3:0" and states[f"{job}.0"]["State"] == "COMPLETED"
 
 
-def test_a_requeued_job_starts_again(slurm: Cluster, tmp_path: Path) -> None:
-    job = slurm.sbatch(f"--output={tmp_path}/out", "--open-mode=append", script=ENDURING)
-    slurm.wait_for_job(job, "RUNNING")
-    slurm.scontrol("requeue", job)
-    slurm.wait_for_job(job, "COMPLETED")
-    assert (tmp_path / "out").read_text().splitlines()[-1] == "start 1"
-    states = [row["State"] for row in slurm.sacct(job, duplicates=True) if row["JobID"] == job]
-    assert states == ["REQUEUED", "COMPLETED"]
+def test_jobs_start_again(slurm: Cluster, tmp_path: Path) -> None:
+    """After a time limit whose signal requeues, a preemption, a lost node: side by side, since each takes its time."""
 
+    def submit(name: str, *words: str) -> str:
+        job = slurm.sbatch(f"--output={tmp_path / name}", "--open-mode=append", *words, script=ENDURING)
+        slurm.wait_for_job(job, "RUNNING")
+        return job
 
-def test_main_preempts_low(slurm: Cluster, tmp_path: Path) -> None:
-    words = ["--partition=low", "--nodes=2", "--exclusive", "--signal=B:USR2@30"]
-    low = slurm.sbatch(*words, f"--output={tmp_path}/out", "--open-mode=append", script=ENDURING)
-    slurm.wait_for_job(low, "RUNNING")
-    started = time.monotonic()
-    high = slurm.sbatch("--nodes=2", f"--output={tmp_path}/high", "--wrap=hostname")
-    slurm.wait_for_job(high, "COMPLETED")
-    assert time.monotonic() - started < GRACE + 15
-    slurm.wait_for_job(low, "COMPLETED")
-    said = [line for line in (tmp_path / "out").read_text().splitlines() if line.startswith(("start", "USR2", "TERM"))]
-    assert said == ["start", "USR2", "TERM", "start 1"]
-
-
-def test_a_lost_node_requeues_its_jobs(slurm: Cluster, tmp_path: Path) -> None:
-    job = slurm.sbatch("--nodelist=n2", f"--output={tmp_path}/out", "--open-mode=append", script=ENDURING)
-    slurm.wait_for_job(job, "RUNNING")
+    limited = submit("limited", "--nodelist=n1", "--export=ALL,REQUEUE=1", "--time=1", "--signal=B:USR2@55")
+    preempted = submit("preempted", "--nodelist=n1", "--partition=low", "--signal=B:USR2@30")
+    lost = submit("lost", "--nodelist=n2")
     slurm.kill_node("n2")
-    slurm.wait_for_job(job, "PENDING")
+    above = slurm.sbatch("--nodelist=n1", "--cpus-per-task=2", f"--output={tmp_path}/above", "--wrap=hostname")
+    slurm.wait_for_job(lost, "PENDING")
     assert slurm.node_states()["n2"].startswith("down")
     slurm.start_node("n2")
-    slurm.wait_for_job(job, "COMPLETED")
+    for job in (limited, above, preempted, lost):
+        slurm.wait_for_job(job, "COMPLETED")
+    assert said(tmp_path / "limited") == ["start", "USR2", "TERM", "start 1"]
+    assert said(tmp_path / "preempted") == ["start", "USR2", "TERM", "start 1"]
+    assert said(tmp_path / "lost") == ["start", "start 1"]
+    for job, end in ((limited, "REQUEUED"), (preempted, "PREEMPTED"), (lost, "NODE_FAIL")):
+        rows = slurm.sacct(job, duplicates=True)
+        assert [row["State"] for row in rows if row["JobID"] == job] == [end, "COMPLETED"]
+
+
+def said(output: Path) -> list[str]:
+    """The job's own words, without those of SLURM and bash about signals."""
+    return [line for line in output.read_text().splitlines() if line.split()[0] in ("start", "USR2", "TERM")]
