@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     jobs = _start_jobs(args, sweep, todo, overlay) if todo else Jobs([])
     follow(cells, jobs)
     failed = [cell for cell in cells if jobs.state(cell)[0] != DONE]
-    print(f"next: diffcap report {sweep.root}" if not failed else f"{len(failed)} failed; {jobs.advice}")
+    print(f"next: diffcap report {sweep.root}" if not failed else f"{len(failed)} not done; {jobs.advice}")
     return 1 if failed else 0
 
 
@@ -274,6 +274,7 @@ def follow(cells: Sequence[Cell], jobs: Jobs) -> None:
     """Show the cells until all have ended: one table that is drawn again on a terminal, else a line for each change."""
     live = sys.stdout.isatty()
     shown: dict[str, str] = {}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no cell is left alone
     try:
         going = True
         while going:
