@@ -32,6 +32,8 @@ from launch.sbatch import WARNING_SECONDS
 STARTS_WITHOUT_PROGRESS = 3
 PORTS = range(12000, 32000)  # below those that systems hand out for outgoing connections
 TAIL_LINES = 40
+WARNED = ("User defined signal 2", "Terminated")
+LOST = re.compile(r"LostRank|Connection (closed|reset) by peer|Broken pipe|remote process exited|ncclRemoteError")
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def after(run: RunDir, kind: str, status: int, said: Path) -> int:
     job, restarts = _job()
     words = said.read_text(errors="replace") if said.is_file() else ""
     print(words, end="", file=sys.stderr)
-    found = culprit(words)
+    found = _with_neighbour(run, kind, job, culprit(words))
     end = {"event": "end", "kind": kind, "job": job, "restarts": restarts, "status": status, "step": saved_step(run)}
     if status == 0 and (kind != "train" or is_finished(run)):
         add_record(run, {**end, "how": "finished"})
@@ -103,9 +105,11 @@ def _verdict(run: RunDir, kind: str, job: str, status: int, found: Culprit | Non
         return f"failed; when that is mended, {resume}"
     if status and (found is None or not found.was_killed):
         return f"failed at step {step}; when that is mended, {resume}"
-    if idle_starts(run, job, step) >= STARTS_WITHOUT_PROGRESS:
+    why = why_stopped(state)
+    if why != "preempted" and idle_starts(run, job, step) >= STARTS_WITHOUT_PROGRESS:
         return f"given up: {STARTS_WITHOUT_PROGRESS} starts in a row saved nothing new; {resume}"
-    return f"requeued, saved at step {step}: " + (str(found) if found else why_stopped(state))
+    warned = found is None or found.how in WARNED  # by the signal itself, where it came before the first step
+    return f"requeued, saved at step {step}: " + (why if warned else str(found))
 
 
 def why_stopped(state: dict[str, str]) -> str:
@@ -153,6 +157,13 @@ def culprit(said: str) -> Culprit | None:
     """The first rank that srun names. Later ones were ended by srun, or lost their neighbour."""
     found = re.search(r"^srun: error: (\S+): tasks? (\d+)[^:]*: (.+)$", said, flags=re.MULTILINE)
     return Culprit(int(found[2]), found[1], found[3].strip()) if found else None
+
+
+def _with_neighbour(run: RunDir, kind: str, job: str, found: Culprit | None) -> Culprit | None:
+    """A rank whose error is that another one is gone: that other left no words, with its node perhaps."""
+    if found and not found.was_killed and LOST.search(last_traceback(run.logs / f"{kind}.{job}.{found.rank}.log")):
+        return Culprit(found.rank, found.node, "lost another rank")
+    return found
 
 
 def describe_failure(run: RunDir, kind: str, job: str, found: Culprit) -> str:

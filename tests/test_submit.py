@@ -1,0 +1,395 @@
+"""launch/submit.py: what it hands in, what its jobs decide, what a snapshot keeps; real ranks of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from diffcap_dist.config import load_config
+from diffcap_dist.run_dir import RunDir
+from diffcap_dist.training.distributed import slurm_rank_variables
+from launch import job, preflight, snapshot, submit
+from launch.job import culprit
+from launch.records import add_record, read_records
+from launch.sbatch import Resources, limit_seconds, warning_seconds
+from tests.conftest import TINY_SETTINGS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def spaced_config(scene_shards: Path, tmp_path: Path) -> Path:
+    """The tiny run, in a folder with a space and a percent sign in its name."""
+    folder = tmp_path / "a 5% folder"
+    folder.mkdir()
+    path = folder / "tiny.yaml"
+    path.write_text(TINY_SETTINGS.format(run=f'"{folder / "run"}"', shards=scene_shards))
+    return path
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is all of PATH but for the system's own: for a SLURM of shell scripts."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("bash", "sh", "cat", "git", "env", "echo"):
+        (folder / name).symlink_to(shutil.which(name) or name)
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.delenv("RANK", raising=False)
+    return folder
+
+
+def program(folder: Path, name: str, text: str) -> None:
+    (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
+def slurm_of_scripts(programs: Path, log: Path) -> None:
+    """Jobs 100, 101, ...: never run. No sacct."""
+    program(programs, "srun", "")
+    numbers = f'n=$(cat "{log}.n" 2>/dev/null || echo 100); echo $((n + 1)) > "{log}.n"; echo "$n"'
+    program(programs, "sbatch", f'echo "sbatch $*" >> "{log}"; env >> "{log}.env"; {numbers}')
+    program(programs, "squeue", 'echo "PENDING|Resources|0:00|"')
+    program(programs, "scancel", f'echo "scancel $*" >> "{log}"')
+
+
+# ---- what it hands in ----
+
+
+def test_dry_run_needs_no_slurm_and_writes_nothing(
+    spaced_config: Path, programs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "--dry-run",
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        "4",
+        "--cpus-per-task",
+        "6",
+        "--time",
+        "1-12",
+        "--mem",
+        "9G",
+    ]
+    words += ["--partition", "gpu", "--comment", 'for "us"', "--slurm", "exclusive", "--slurm", "mail-type=END"]
+    assert submit.main([*words, str(spaced_config), "training.micro_batch_size=1", "training.zero_stage=2"]) == 0
+    said = capsys.readouterr().out
+    run = spaced_config.parent / "run"
+    assert not run.exists()
+    for line in [
+        "#SBATCH --job-name=diffcap-run",
+        "#SBATCH --nodes=2",
+        "#SBATCH --ntasks-per-node=4",
+        "#SBATCH --gpus-per-node=4",
+        "#SBATCH --cpus-per-task=6",
+        "#SBATCH --mem=9G",
+        "#SBATCH --time=1-12",
+        "#SBATCH --partition=gpu",
+        '#SBATCH --comment="for \\"us\\""',
+        "#SBATCH --exclusive",
+        "#SBATCH --mail-type=END",
+        "#SBATCH --signal=USR2@120",
+        "#SBATCH --requeue",
+        f'#SBATCH --output="{str(run).replace("%", "%%")}/logs/train.%j.log"',
+        "# ranks      8 = 2 nodes x 4, ZeRO stage 2",
+        "# batch      16 photos = 1 (micro batch) x 2 (accumulated) x 8 ranks",
+        "# data       64 photos in 1 shards",
+        "# steps      20; 4.0 an epoch, 5.0 epochs",
+    ]:
+        assert line in said.splitlines(), line
+    assert "--dependency=afterok:JOB_OF_train --kill-on-invalid-dep=yes" in said
+    assert "-m diffcap_dist.train" in said and "--cpus-per-task=6" in said
+    config = yaml.safe_load(said.split("# ---- numbers")[0])
+    assert config["training"]["zero_stage"] == 2 and config["run_dir"] == str(run)
+    for part in said.split("#!/bin/bash")[1:]:  # what bash thinks of it
+        script = "#!/bin/bash" + part.split("\n# ----")[0]
+        assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+def test_two_jobs_are_handed_in(
+    spaced_config: Path,
+    programs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    log = tmp_path / "log"
+    slurm_of_scripts(programs, log)
+    for name, value in {"RANK": "3", "SLURM_PROCID": "3", "SLURM_JOB_ID": "9", "SLURM_CONF": "/etc/c"}.items():
+        monkeypatch.setenv(name, value)
+    assert submit.main([str(spaced_config)]) == 0
+    run = RunDir(spaced_config.parent / "run")
+    said = capsys.readouterr().out
+    folder = run.snapshots / "1"
+    assert log.read_text().splitlines() == [
+        f"sbatch --parsable {folder}/train.sbatch",
+        f"sbatch --parsable --dependency=afterok:100 --kill-on-invalid-dep=yes {folder}/evaluate.sbatch",
+    ]
+    handed_on = Path(f"{log}.env").read_text()
+    assert "SLURM_CONF=/etc/c" in handed_on and "RANK=3" not in handed_on and "SLURM_JOB_ID" not in handed_on
+    assert "100 (training, 1 ranks), 101 (evaluation" in said and f"{run.logs}/train.100.0.log" in said
+    assert load_config(folder / "config.yaml").run_dir == str(run.root)
+    # A second one beside it would write into the same run.
+    assert submit.main([str(spaced_config)]) == 2
+    assert "has a job already: train 100, PENDING (Resources)" in capsys.readouterr().err
+    assert submit.main(["status", str(run.root)]) == 0
+    assert "evaluate  slurm 101: PENDING (Resources)" in capsys.readouterr().out
+    assert submit.main(["cancel", str(run.root)]) == 0
+    assert log.read_text().splitlines()[-2:] == ["scancel 101", "scancel 100"]
+    program(programs, "squeue", "exit 1")  # gone from the queue, and no sacct to ask
+    assert submit.main(["status", str(run.root)]) == 0
+    assert "train     slurm 100: not in the queue" in capsys.readouterr().out
+    assert submit.main(["resubmit", str(run.root)]) == 0
+    assert [r["job"] for r in read_records(run) if r["event"] == "submit"] == ["100", "101", "102", "103"]
+
+
+def test_errors_are_shown_whole(spaced_config: Path, programs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit.main(["--cluster", "slurm", str(spaced_config)]) == 2
+    assert "no sbatch here" in capsys.readouterr().err
+    program(programs, "sbatch", 'printf "sbatch: error: Batch job submission failed:\\nInvalid qos" >&2; exit 1')
+    assert submit.main(["--cluster", "slurm", str(spaced_config)]) == 2
+    assert "sbatch: error: Batch job submission failed:\nInvalid qos" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--time", "1x"], "--time 1x: expected minutes"),
+        (["--nodes", "3"], "can't be shared equally by 3 ranks"),
+        (["--site", "nowhere"], "known: cpu, example"),
+        (["training.num_step=3"], "did you mean 'training.num_steps'"),
+    ],
+)
+def test_mistakes(spaced_config: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [word for word in words if "training" not in word]
+    settings = [word for word in words if "training" in word]
+    assert submit.main([*flags, "--dry-run", str(spaced_config), *settings]) == 2
+    assert message in capsys.readouterr().err
+    assert not (spaced_config.parent / "run").exists()
+
+
+def test_a_site_below_the_flags(tmp_path: Path) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text(
+        "time: 4:00:00\nnodes: 4\npartition: gpu\nslurm: {exclusive: , gres: 'gpu:2'}\nsetup: [module load x]\n"
+    )
+    args = submit._parser().parse_args(["c.yaml", "--site", str(site), "--nodes", "2", "--slurm", "gres=gpu:4"])
+    found = submit.resources_of(args, RunDir("runs/x"))
+    expected = Resources(nodes=2, time="4:00:00", partition="gpu", name="diffcap-x", setup=["module load x"])
+    expected.slurm = {"exclusive": "", "gres": "gpu:4"}
+    assert found == expected
+    site.write_text("node: 4\n")
+    with pytest.raises(ValueError, match="unknown 'node'; known: nodes"):
+        submit.load_site(str(site))
+
+
+def test_every_site_of_ours_loads() -> None:
+    for path in submit.SITES.glob("*.yaml"):
+        limit_seconds(submit.load_site(path.stem).time)
+
+
+def test_time_limits() -> None:
+    seconds = {"90": 5400, "1:30": 90, "2:00:00": 7200, "1-12": 129600, "1-0:30": 88200, "2-00:00:05": 172805}
+    assert {text: limit_seconds(text) for text in seconds} == seconds
+    assert limit_seconds("") is None and limit_seconds("UNLIMITED") is None
+    assert [warning_seconds(text) for text in ("", "1-0", "4", "1")] == [120, 120, 60, 15]
+
+
+# ---- what the jobs decide ----
+
+
+def test_the_first_rank_that_failed() -> None:
+    said = "srun: warning: x\nsrun: error: n2: task 5: Killed\nsrun: error: n1: tasks 0-3: Exited with exit code 1\n"
+    found = culprit(said)
+    assert (str(found), found and found.was_killed) == ("rank 5 on n2: Killed", True)
+    found = culprit("srun: error: n1: tasks 2-3: Exited with exit code 1\n")
+    assert (str(found), found and found.was_killed) == ("rank 2 on n1: Exited with exit code 1", False)
+    assert culprit("srun: Force Terminated StepId=6.0\n") is None
+
+
+KILLED, ERROR = "srun: error: n2: task 1: Killed\n", "srun: error: n2: task 1: Exited with exit code 1\n"
+LOST_NEIGHBOUR = "Traceback (most recent call last):\nRuntimeError: [gloo] Connection closed by peer [127.0.0.1]\n"
+SOON = "EndTime=2020-01-01T00:00:00 TimeLimit=00:10:00"
+
+
+@pytest.mark.parametrize(
+    "status, said, log, state, idle, how",
+    [
+        (0, "", "", f"JobState=RUNNING {SOON}", 0, "requeued, saved at step 10: its time limit"),
+        (0, "", "", "JobState=RUNNING EndTime=2099-01-01T00:00:00", 0, "requeued, saved at step 10: a signal"),
+        (0, "", "", f"JobState=RUNNING {SOON} PreemptTime=2020-01-01T00:00:00", 9, "requeued, .* preempted"),
+        (0, "", "", "JobState=COMPLETING Reason=None", 0, "SLURM ended it at step 10"),  # scancel, scontrol requeue
+        (143, KILLED, "", "JobState=COMPLETING Reason=TimeLimit", 0, "requeued"),
+        (137, KILLED, "", "JobState=RUNNING", 0, "requeued, saved at step 10: rank 1 on n2: Killed"),
+        (137, KILLED, "", "JobState=RUNNING", 3, "given up: 3 starts in a row saved nothing"),
+        (1, ERROR, "Traceback (most recent call last):\nValueError: x\n", "JobState=RUNNING", 0, "failed at step 10"),
+        (1, ERROR, LOST_NEIGHBOUR, "JobState=RUNNING", 0, "requeued, .* rank 1 on n2: lost another rank"),
+        (1, "", "", "", 0, "failed at step 10"),
+    ],
+)
+def test_what_becomes_of_a_job(
+    status: int, said: str, log: str, state: str, idle: int, how: str,
+    tmp_path: Path, tiny_config: Path, programs: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    run = trained(tmp_path, tiny_config, 10)
+    for number in range(idle):
+        add_record(run, {"event": "start", "kind": "train", "job": "7", "restarts": number, "step": 10})
+    run.logs.mkdir()
+    (run.logs / "train.7.1.log").write_text(log)
+    (tmp_path / "said").write_text(said)
+    program(programs, "scontrol", f'echo "scontrol $*" >> "{tmp_path}/asked"; echo "JobId=7 {state}"')
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(job.time, "sleep", lambda seconds: None)
+    result = job.after(run, "train", status, tmp_path / "said")
+    end = read_records(run)[-1]
+    assert end["event"] == "end" and re.match(how, end["how"]), end
+    requeued = "scontrol requeue 7" in (tmp_path / "asked").read_text().splitlines()
+    assert requeued == how.startswith("requeued")
+    assert (result == 0) == how.startswith("SLURM")
+
+
+def test_a_run_that_has_come_to_its_end(tmp_path: Path, tiny_config: Path, programs: Path) -> None:
+    """Status 0, so that the evaluation starts; nothing is asked of SLURM."""
+    assert job.after(trained(tmp_path, tiny_config, 20), "train", 0, tmp_path / "said") == 0
+
+
+def trained(tmp_path: Path, tiny_config: Path, step: int) -> RunDir:
+    run = RunDir(tmp_path / "run")
+    run.begin(load_config(tiny_config))
+    folder = run.checkpoints / f"step_{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(json.dumps({"step": step, "early_stopped": False}))
+    return run
+
+
+def test_a_port_in_use_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        busy = taken.getsockname()[1]
+        monkeypatch.setattr(job, "PORTS", range(busy, busy + 1))
+        monkeypatch.setattr(job.random.SystemRandom, "sample", lambda self, ports, count: list(ports))
+        with pytest.raises(OSError, match="no free port"):
+            job.free_port()
+
+
+def test_ranks_from_sruns_variables() -> None:
+    step = {
+        "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "7", "SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_STEP_NODELIST": "n[08-10],m1",
+    }  # fmt: skip
+    found = slurm_rank_variables(step, visible_gpus=8)
+    assert found.pop("MASTER_PORT") == str(12000 + 7 * 31)
+    expected = {"RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "n08"}
+    assert found == expected
+    assert slurm_rank_variables(step, visible_gpus=1)["LOCAL_RANK"] == "0"  # srun --gpus-per-task=1
+    assert slurm_rank_variables({**step, "MASTER_PORT": "1"}, 0)["MASTER_PORT"] == "1"
+    batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "7", "SLURM_JOB_ID": "7"}
+    assert slurm_rank_variables(batch, 0) == {} == slurm_rank_variables({}, 0)
+
+
+# ---- the snapshot ----
+
+
+def test_a_snapshot_is_the_checkout_at_that_moment(tmp_path: Path, tiny_config: Path) -> None:
+    root = tmp_path / "checkout"
+    (root / "diffcap_dist" / "__pycache__").mkdir(parents=True)
+    (root / ".gitignore").write_text("__pycache__\n")
+    (root / "diffcap_dist" / "a.py").write_text("1\n")
+    (root / "diffcap_dist" / "__pycache__" / "a.pyc").write_text("x")
+    git = ["git", "-C", str(root), "-c", "user.name=n", "-c", "user.email=e"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "m"]):
+        subprocess.run([*git, *words], check=True)
+    (root / "diffcap_dist" / "a.py").write_text("2\n")
+    (root / "diffcap_dist" / "new.py").write_text("3\n")
+    config = load_config(tiny_config)
+    first = snapshot.take(root, config, tmp_path / "snapshots")
+    assert sorted(p.name for p in (first / "code").rglob("*.*")) == ["a.py", "new.py"]
+    assert "-1\n+2" in (first / "git.diff").read_text()
+    assert "and changes in 2 files" in (first / "git.txt").read_text()
+    assert any(line.startswith("torch==") for line in (first / "requirements.txt").read_text().splitlines())
+    assert load_config(first / "config.yaml") == config
+    (first / "train.sbatch").write_text("x")
+    assert snapshot.take(root, config, tmp_path / "snapshots") == first
+    (root / "diffcap_dist" / "a.py").write_text("4\n")
+    second = snapshot.take(root, config, tmp_path / "snapshots")
+    assert second.name == "2" and snapshot.newest(tmp_path / "snapshots") == second
+    assert (first / "code" / "diffcap_dist" / "a.py").read_text() == "2\n"
+    shutil.rmtree(root / ".git")
+    third = snapshot.take(root, config, tmp_path / "snapshots")
+    assert "no git checkout" in (third / "git.txt").read_text()
+    assert sorted(p.name for p in (third / "code").rglob("*.*")) == ["a.py", "new.py"]
+
+
+# ---- the preflight ----
+
+
+def test_what_a_preflight_finds_wrong() -> None:
+    def report(rank: int, node: str, **changed: Any) -> dict[str, Any]:
+        good = {"rank": rank, "node": node, "versions": {"torch": "2.15"}, "gpus": 8, "expected_gpus": 8, "errors": []}
+        return {**good, "clock": 100.0, **changed}
+
+    first = report(0, "n1")
+    assert preflight.problems([first, report(1, "n2")]) == []
+    bad = report(1, "n2", versions={"torch": "2.14"}, gpus=0, clock=107.5, errors=["shards: no such file"])
+    assert preflight.problems([first, bad]) == [
+        "rank 1 on n2: shards: no such file",
+        "torch is 2.15 on n1, 2.14 on n2",
+        "n2 has 8 GPUs to give, but torch sees none",
+        "the nodes' clocks are 7.5 s apart",
+    ]
+
+
+# ---- real ranks ----
+
+
+def checkout(folder: Path) -> Path:
+    """The launcher and the packages, elsewhere."""
+    for name in ("diffcap_dist", "launch", "shards"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder / "launch" / "submit.py"
+
+
+def break_code(file: Path) -> None:
+    """Whoever imports that checkout from now on fails."""
+    train = file.parents[1] / "diffcap_dist" / "train.py"
+    train.write_text('raise ValueError("broken after the submission")\n')
+
+
+def run_submit(file: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    return subprocess.run(
+        [sys.executable, str(file), *words], capture_output=True, text=True, timeout=200, env=environment
+    )
+
+
+@pytest.mark.slow
+def test_two_ranks_here_run_what_was_submitted(spaced_config: Path, tmp_path: Path) -> None:
+    """The code is broken after the submission; the job doesn't notice. A second start fails, and says who and why."""
+    file = checkout(tmp_path / "checkout")
+    words = ["--cluster", "local", "--nodes", "2", str(spaced_config)]
+    done = run_submit(file, *words)
+    assert done.returncode == 0, done.stderr
+    break_code(file)
+    run = RunDir(spaced_config.parent / "run")
+    followed = run_submit(ROOT / "launch" / "submit.py", "logs", str(run.root), "--follow")
+    assert followed.returncode == 0 and "trained to step 20" in followed.stdout, followed.stdout + followed.stderr
+    assert json.loads(run.scores.read_text())["world_size"] == 2
+    again = run_submit(file, *words, "--follow")
+    assert again.returncode == 1 and "first to fail: rank" in again.stdout, again.stdout + again.stderr
+    assert "ValueError: broken after the submission" in again.stdout
+    assert [p.name for p in sorted(run.snapshots.iterdir())] == ["1", "2"]
