@@ -29,6 +29,8 @@ lint: install
 bench: install
 	$(RUN)/python benchmarks/train_step.py
 	$(RUN)/python benchmarks/make_shards.py
+	$(RUN)/python benchmarks/shuffling.py
+	$(RUN)/python -m benchmarks.paper_hours
 	$(RUN)/python -m benchmarks.stream
 
 # A real SLURM of two nodes on this machine: Debian, as root.
