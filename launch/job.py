@@ -16,6 +16,7 @@ import json
 import os
 import random
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from diffcap_dist.run_dir import RunDir
 from launch.records import add_record, read_records
 from launch.sbatch import WARNING_SECONDS
 
+SELF = "python launch/submit.py"
 STARTS_WITHOUT_PROGRESS = 3
 PORTS = range(12000, 32000)  # below those that systems hand out for outgoing connections
 TAIL_LINES = 40
@@ -98,13 +100,14 @@ def after(run: RunDir, kind: str, status: int, said: Path) -> int:
 def _verdict(run: RunDir, kind: str, job: str, status: int, found: Culprit | None, state: dict[str, str]) -> str:
     """What becomes of a job whose ranks ended before the work was done."""
     step = saved_step(run)
-    resume = f"continue with: python launch/submit.py resubmit {run.root}"
+    resume = f"continue with: {SELF} resubmit {shlex.quote(str(run.root))}"
+    mend = "mend it and give the same submit command again (resubmit would run the same code)"
     if state.get("JobState") not in (None, "RUNNING") and state.get("Reason") != "TimeLimit":
         return f"SLURM ended it at step {step} ({state['JobState']}); unless it is requeued, {resume}"
     if kind != "train":
-        return f"failed; when that is mended, {resume}"
+        return f"failed; {resume}"
     if status and (found is None or not found.was_killed):
-        return f"failed at step {step}; when that is mended, {resume}"
+        return f"failed at step {step}; {mend}"
     why = why_stopped(state)
     if why != "preempted" and idle_starts(run, job, step) >= STARTS_WITHOUT_PROGRESS:
         return f"given up: {STARTS_WITHOUT_PROGRESS} starts in a row saved nothing new; {resume}"

@@ -23,7 +23,7 @@ import submitit
 from diffcap_dist.run_dir import RunDir
 from launch.records import add_record, read_records
 
-LIVE = frozenset({"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD"})
+LIVE = frozenset({"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "UNKNOWN"})
 POLL_SECONDS = 1.0
 LOCAL_WARNING_SECONDS = 30
 
@@ -100,24 +100,29 @@ def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def slurm_state(job: str) -> str:
-    """PENDING (Reason), RUNNING, ...: from the queue, else the accounting, else 'not in the queue'."""
-    queued = _ask("squeue", "-h", "-t", "all", "-j", job, "-o", "%T|%r|%M|%N")
+    """PENDING (Reason), RUNNING, ...: from the queue, else the accounting, else 'not in the queue'. UNKNOWN while
+    slurmctld doesn't answer."""
+    queued, error = _ask("squeue", "-h", "-t", "all", "-j", job, "-o", "%T|%r|%M|%N")
     if queued:
         state, reason, elapsed, nodes = queued.splitlines()[0].split("|")
         if state == "PENDING":
             return f"PENDING ({reason})"
         return state + (f" for {elapsed} on {nodes}" if state == "RUNNING" else "")
-    return (_ask("sacct", "-X", "-n", "-P", "-o", "State", "-j", job) or "not in the queue").splitlines()[0]
+    if error and "Invalid job id" not in error:
+        return f"UNKNOWN ({error.splitlines()[0]})"
+    accounted, _ = _ask("sacct", "-X", "-n", "-P", "-o", "State", "-j", job)
+    return accounted.splitlines()[0] if accounted else "not in the queue"
 
 
-def _ask(*command: str) -> str:
+def _ask(*command: str) -> tuple[str, str]:
+    """(what it says, its error); neither where there is no such program."""
     if shutil.which(command[0]) is None:
-        return ""
+        return "", ""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+        return "", f"{command[0]} did not answer for a minute"
+    return (done.stdout.strip(), "") if done.returncode == 0 else ("", done.stderr.strip())
 
 
 # ---- this machine ----

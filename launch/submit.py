@@ -17,8 +17,7 @@ import dataclasses
 import json
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,8 @@ from diffcap_dist.config import Config, ConfigError, differences, load_config  #
 from diffcap_dist.data.shard_store import ShardStore  # noqa: E402
 from diffcap_dist.run_dir import FREE_TO_CHANGE, RunDir  # noqa: E402
 from launch import scheduler, snapshot  # noqa: E402
-from launch.job import culprit, describe_failure, free_port, is_finished, last_traceback, saved_step  # noqa: E402
+from launch.following import follow, read_log  # noqa: E402
+from launch.job import SELF, free_port, is_finished, saved_step  # noqa: E402
 from launch.local_rank import LocalRank  # noqa: E402
 from launch.records import read_records  # noqa: E402
 from launch.sbatch import Job, Resources, limit_seconds, script, warning_seconds  # noqa: E402
@@ -42,7 +42,6 @@ from launch.scheduler import SubmissionError, Submitted  # noqa: E402
 SITES = ROOT / "configs" / "launch"
 MONTH_MINUTES = 30 * 24 * 60
 PREFLIGHT_TIME = "5"
-SELF = "python launch/submit.py"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,10 +128,10 @@ def run_preflight(run: RunDir, taken: Path, resources: Resources, cluster: str) 
     job = scheduler.sbatch(run, "preflight", file, resources.ranks)
     print(f"preflight  job {job.job}, waiting for {resources.nodes} nodes; Ctrl-C leaves it", flush=True)
     ended = scheduler.wait(job, run)
-    print(_read(job.log(run)) or _read(job.job_log(run)) or f"it left no words: {ended}")
-    well = "preflight: all well" in _read(job.log(run))
+    print(read_log(job.log(run)) or read_log(job.job_log(run)) or f"it left no words: {ended}")
+    well = "preflight: all well" in read_log(job.log(run))
     if not well:
-        print(_read(job.job_log(run)), file=sys.stderr)
+        print(read_log(job.job_log(run)), file=sys.stderr)
     return 0 if well else 1
 
 
@@ -281,7 +280,7 @@ def logs(words: Sequence[str]) -> int:
     if args.follow:
         return follow(run, jobs[-1], args.rank)
     file = jobs[-1].job_log(run) if args.job else jobs[-1].log(run, args.rank)
-    print(_read(file) or f"nothing yet in {file}: {scheduler.state(jobs[-1], run)}")
+    print(read_log(file) or f"nothing yet in {file}: {scheduler.state(jobs[-1], run)}")
     return 0
 
 
@@ -324,58 +323,6 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 
-# ---- following ----
-
-
-def follow(run: RunDir, job: Submitted, rank: int = 0) -> int:
-    """Print a rank's log as it grows, and the job's state as it changes, until it has ended. Ctrl-C leaves the job."""
-    try:
-        for text in _growing(run, job, rank):
-            sys.stdout.write(text)
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        print(f"\nthe job goes on; {SELF} logs {run.root} --follow comes back, {SELF} cancel {run.root} ends it")
-        return 0
-    if is_finished(run) and not scheduler.state(job, run).startswith("FAILED"):
-        print(f"\n[{job.kind} {job.job}] finished; scores will be in {run.scores}")
-        return 0
-    print(f"\n[{job.kind} {job.job}] {scheduler.state(job, run)} at step {saved_step(run)}\n{failure(run, job)}")
-    return 1
-
-
-def _growing(run: RunDir, job: Submitted, rank: int) -> Iterator[str]:
-    file, offset, shown = job.log(run, rank), 0, ""
-    while True:
-        now = scheduler.state(job, run)
-        if (kind := now.split(" ")[0]) != shown:
-            yield f"\n[{job.kind} {job.job}] {now}\n"
-            shown = kind
-        if file.is_file() and file.stat().st_size > offset:
-            with file.open("rb") as handle:
-                handle.seek(offset)
-                data = handle.read()
-            offset += len(data)
-            yield data.decode(errors="replace")
-        if not scheduler.is_live(now):
-            return
-        time.sleep(scheduler.POLL_SECONDS)
-
-
-def failure(run: RunDir, job: Submitted) -> str:
-    """The first rank that failed, with its traceback."""
-    if job.cluster == "slurm":
-        said = sorted(run.logs.glob(f"{job.kind}.{job.job}.*.srun"), key=lambda path: path.stat().st_mtime)
-        found = culprit(_read(said[-1])) if said else None
-        if found is not None:
-            return describe_failure(run, job.kind, job.job, found)
-        return "\n".join(_read(job.job_log(run)).splitlines()[-10:])
-    ranks = scheduler.failures(job, run)
-    if not ranks:
-        return f"stopped before its end; it continues with: {SELF} resubmit {run.root}"
-    first = min(ranks, key=lambda rank: job.log(run, rank).stat().st_mtime if job.log(run, rank).is_file() else 0)
-    return f"first to fail: rank {first} ({job.log(run, first)})\n{last_traceback(job.log(run, first))}"
-
-
 # ---- words ----
 
 
@@ -383,10 +330,6 @@ def _known(where: Path) -> RunDir:
     run = RunDir(where.absolute())
     run.load_config()
     return run
-
-
-def _read(file: Path) -> str:
-    return file.read_text(errors="replace").rstrip() if file.is_file() else ""
 
 
 def _verb(name: str) -> argparse.ArgumentParser:

@@ -146,7 +146,12 @@ def test_two_jobs_are_handed_in(
     assert "evaluate  slurm 101: PENDING (Resources)" in capsys.readouterr().out
     assert submit.main(["cancel", str(run.root)]) == 0
     assert log.read_text().splitlines()[-2:] == ["scancel 101", "scancel 100"]
-    program(programs, "squeue", "exit 1")  # gone from the queue, and no sacct to ask
+    program(programs, "squeue", "echo 'error: Unable to contact slurm controller' >&2; exit 1")
+    assert submit.main(["resubmit", str(run.root)]) == 2
+    assert "train 100 is still there: UNKNOWN (error: Unable" in capsys.readouterr().err
+    program(
+        programs, "squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+    )  # gone from the queue, and no sacct to ask
     assert submit.main(["status", str(run.root)]) == 0
     assert "train     slurm 100: not in the queue" in capsys.readouterr().out
     assert submit.main(["resubmit", str(run.root)]) == 0

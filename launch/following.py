@@ -1,0 +1,70 @@
+"""A run's log as it grows: requeues are waited out, and at a failure the first rank that failed is shown.
+
+In: a job that was handed in. Out: text on the screen, and an exit status.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from diffcap_dist.run_dir import RunDir
+from launch import scheduler
+from launch.job import SELF, culprit, describe_failure, is_finished, last_traceback, saved_step
+from launch.scheduler import Submitted
+
+
+def follow(run: RunDir, job: Submitted, rank: int = 0) -> int:
+    """Print a rank's log as it grows, and the job's state as it changes, until it has ended. Ctrl-C leaves the job."""
+    try:
+        for text in _growing(run, job, rank):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"\nthe job goes on; {SELF} logs {run.root} --follow comes back, {SELF} cancel {run.root} ends it")
+        return 0
+    if is_finished(run) and not scheduler.state(job, run).startswith("FAILED"):
+        print(f"\n[{job.kind} {job.job}] finished; scores will be in {run.scores}")
+        return 0
+    print(f"\n[{job.kind} {job.job}] {scheduler.state(job, run)} at step {saved_step(run)}\n{failure(run, job)}")
+    return 1
+
+
+def _growing(run: RunDir, job: Submitted, rank: int) -> Iterator[str]:
+    file, offset, shown = job.log(run, rank), 0, ""
+    while True:
+        now = scheduler.state(job, run)
+        if (kind := now.split(" ")[0]) != shown:
+            yield f"\n[{job.kind} {job.job}] {now}\n"
+            shown = kind
+        if file.is_file() and file.stat().st_size > offset:
+            with file.open("rb") as handle:
+                handle.seek(offset)
+                data = handle.read()
+            offset += len(data)
+            yield data.decode(errors="replace")
+        if not scheduler.is_live(now):
+            return
+        time.sleep(scheduler.POLL_SECONDS)
+
+
+def failure(run: RunDir, job: Submitted) -> str:
+    """The first rank that failed, with its traceback."""
+    if job.cluster == "slurm":
+        said = sorted(run.logs.glob(f"{job.kind}.{job.job}.*.srun"), key=lambda path: path.stat().st_mtime)
+        found = culprit(read_log(said[-1])) if said else None
+        if found is not None:
+            return describe_failure(run, job.kind, job.job, found)
+        return "\n".join(read_log(job.job_log(run)).splitlines()[-10:])
+    ranks = scheduler.failures(job, run)
+    if not ranks:
+        return f"stopped before its end; it continues with: {SELF} resubmit {run.root}"
+    first = min(ranks, key=lambda rank: job.log(run, rank).stat().st_mtime if job.log(run, rank).is_file() else 0)
+    return f"first to fail: rank {first} ({job.log(run, first)})\n{last_traceback(job.log(run, first))}"
+
+
+def read_log(file: Path) -> str:
+    """Its text, empty where there is none yet."""
+    return file.read_text(errors="replace").rstrip() if file.is_file() else ""
