@@ -10,10 +10,10 @@ from tests.cluster.slurm import Cluster
 
 pytestmark = pytest.mark.slow
 
-# Says every start and every signal; ends at once when it is started for the second time.
+# Says every start and every signal; ends at SIGTERM, and at once when it is started for the second time.
 ENDURING = """#!/bin/bash
 trap 'echo USR2; [ "$REQUEUE" ] && scontrol requeue $SLURM_JOB_ID' USR2
-trap 'echo TERM' TERM
+trap 'echo TERM; exit 1' TERM
 echo start $SLURM_RESTART_COUNT
 [ "$SLURM_RESTART_COUNT" ] && exit 0
 while true; do sleep 0.1; done
