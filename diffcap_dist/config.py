@@ -164,6 +164,7 @@ class TrainingConfig:
     save_every: int = 1000
     keep_last: int = 2
     export: Literal["best", "last"] = "best"  # the captioner that is best on validation, or the last one
+    stall_seconds: float = 1800.0  # a step (its validation and checkpoint too) may take this long; 0 = for ever
     early_stop_ratio: float = 0.0  # stop where validation loss > this x training loss (the paper: 1); 0 = never
 
 
@@ -246,6 +247,7 @@ def _conflicts(config: Config) -> list[str]:
         f"sampler.num_inference_steps={config.sampler.num_inference_steps}; at least 1": (
             config.sampler.num_inference_steps < 1
         ),
+        f"training.stall_seconds={training.stall_seconds}; at least 0": training.stall_seconds < 0,
         f"training.ema_decay={training.ema_decay}; it lies in [0, 1)": not 0 <= training.ema_decay < 1,
         "diffusion.text_guidance > 0 and model.text_token=true go together": (
             (config.diffusion.text_guidance > 0) != config.model.text_token

@@ -20,7 +20,7 @@ FREE_TO_CHANGE = frozenset(
     | {f"sampler.{k}" for k in ("name", "num_inference_steps", "guidance_scale", "time_difference", "eta")}
     | {f"sampler.{k}" for k in ("candidates", "remove_repeats", "seed")}
     | {f"training.{k}" for k in ("num_steps", "micro_batch_size", "zero_stage", "precision", "log_every")}
-    | {f"training.{k}" for k in ("validate_every", "validation_images", "save_every", "keep_last")}
+    | {f"training.{k}" for k in ("validate_every", "validation_images", "save_every", "keep_last", "stall_seconds")}
 )
 
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from tqdm import tqdm
@@ -44,6 +44,7 @@ from diffcap_dist.training.engine import (
 )
 from diffcap_dist.training.learning_rate import learning_rate
 from diffcap_dist.training.preemption import StopFlag
+from diffcap_dist.training.watchdog import Watchdog
 
 log = logging.getLogger("diffcap")
 
@@ -64,9 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     config = load_config(args.config, args.settings)
-    ranks = distributed.init_ranks()
+    ranks = distributed.init_ranks(config.training.stall_seconds)
     try:
-        Trainer(config, ranks).train()
+        with distributed.naming_lost_ranks(ranks):
+            Trainer(config, ranks).train()
     finally:
         distributed.finish()
     return 0
@@ -133,6 +135,7 @@ class Trainer:
         self.captioner = Captioner(denoiser, config, self.data.tokenizer)
         self.stop = StopFlag().install()
         self.metrics = Metrics(self.run_dir, ranks)
+        self.step_keys: list[str] = []  # of this rank's samples of the step
 
     def train(self) -> None:
         """The loop: batches -> loss -> step -> log, validate, save when due."""
@@ -144,8 +147,9 @@ class Trainer:
             return
         batches = iter(self.stream)
         started = time.perf_counter() - self.state.seconds
-        with self._progress_bar() as bar:
+        with self._progress_bar() as bar, Watchdog(training.stall_seconds, self.ranks) as watchdog:
             while self.state.step < training.num_steps and not self.state.early_stopped:
+                watchdog.alive(self.state.step)
                 terms, grad_norm, damages = self._step(batches)
                 self.state.step += 1
                 self.state.samples_seen += self.split.total
@@ -164,9 +168,11 @@ class Trainer:
                     self._save()
                 if stopped_by:
                     log.info("stopped by %s at step %d, saved; the same command continues", stopped_by, step)
+                    self.metrics.say_cost_of_saves()
                     return
         if self.ranks.is_first:
             log.info("trained to step %d; captioner in %s", self.state.step, self.run_dir.export)
+            self.metrics.say_cost_of_saves()
             if bad := self.state.bad_samples:
                 log.info("damaged, others stood in for them: %d samples: %s", sum(bad.values()), ", ".join(bad))
 
@@ -180,9 +186,11 @@ class Trainer:
             torch.manual_seed(hash((config.seed, step, self.ranks.rank)) & 0x7FFFFFFF)
         sums: dict[str, torch.Tensor] = {}
         damages: list[Damage] = []
+        self.step_keys = []
         for _ in range(self.split.accumulation):
             batch = next(batches)
             damages += batch.damages
+            self.step_keys += batch.keys
             ids_NCL, draws = batch.ids_NCL.to(self.ranks.device), self._draws(batch, step)
             weight = self.state.rounding_weight
             terms = self.engine(ids_NCL, self._features(batch), draws, self._text_features(batch), weight)
@@ -224,11 +232,20 @@ class Trainer:
         if damaged:
             self._note([damage for some in distributed.gather(damages) for damage in some], bar)
         if not_finite:
-            raise NonFiniteLoss(
-                f"the loss is not finite at step {self.state.step}. The last checkpoint in {self.run_dir.checkpoints} "
-                "is good; lower optimizer.learning_rate or optimizer.max_grad_norm, or set training.precision=fp32"
-            )
+            self._end_at_loss(terms["loss"])
         return (self.stop.requested or "a signal to another rank") if stop else None
+
+    def _end_at_loss(self, loss: float) -> NoReturn:
+        """Write down the samples of the ranks whose loss is not finite, and end all of them."""
+        gathered = distributed.gather([] if math.isfinite(loss) else self.step_keys)
+        keys = {f"rank {rank}": some for rank, some in enumerate(gathered) if some}
+        if self.ranks.is_first:
+            self.run_dir.log({"kind": "not_finite", "step": self.state.step, "keys": keys})
+        raise NonFiniteLoss(
+            f"the loss is not finite at step {self.state.step} on {', '.join(keys)}; its samples' keys are in the last "
+            f"line of {self.run_dir.metrics}. The last checkpoint in {self.run_dir.checkpoints} is good; lower "
+            "optimizer.learning_rate or optimizer.max_grad_norm, or set training.precision=fp32"
+        )
 
     def _follow_losses(self, terms: dict[str, float]) -> None:
         """What depends on the losses of all ranks: the paper's dynamic lambda, and its early stop."""
@@ -294,14 +311,10 @@ class Trainer:
         export_captioner(self.run_dir.export, weights, self.objective.denoiser, self.config, self.data.tokenizer, about)
 
     def _save(self) -> None:
-        checkpoint.save(
-            self.engine,
-            self.ema,
-            self.state,
-            self.run_dir.checkpoints,
-            self.ranks,
-            self.config.training.keep_last,
-        )
+        started = time.perf_counter()
+        folder, keep = self.run_dir.checkpoints, self.config.training.keep_last
+        saved = checkpoint.save(self.engine, self.ema, self.state, folder, self.ranks, keep)
+        self.metrics.save(self.state, saved, time.perf_counter() - started)
 
     def _rate(self, step: int) -> float:
         return learning_rate(step, self.config.training.num_steps, self.config.optimizer)
@@ -343,6 +356,8 @@ class Metrics:
         self.run_dir, self.ranks = run_dir, ranks
         self._board: Any = None
         self._since = (0.0, 0)
+        self._saves: list[tuple[float, int]] = []  # seconds, bytes
+        self._started = time.perf_counter()
         if ranks.is_first:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -372,6 +387,21 @@ class Metrics:
             self._write("validation", state.step, scores)
             text = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
             bar.write(f"step {state.step}: {text}" + (" (best so far)" if state.best_step == state.step else ""))
+
+    def save(self, state: TrainState, saved: Path, seconds: float) -> None:
+        """What a checkpoint cost: no rank trains meanwhile."""
+        if self.ranks.is_first:
+            size = sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())
+            self._saves.append((seconds, size))
+            self._write("save", state.step, {"seconds": seconds, "bytes": size})
+
+    def say_cost_of_saves(self) -> None:
+        if not self._saves:
+            return
+        seconds, size = [seconds for seconds, _ in self._saves], self._saves[-1][1] / 1e6
+        share = sum(seconds) / (time.perf_counter() - self._started)
+        words = "%d checkpoints of %.1f MB stopped training for %.1f s, %.1f%% of the time; the longest for %.2f s"
+        log.info(words, len(seconds), size, sum(seconds), 100 * share, max(seconds))
 
     def _write(self, kind: str, step: int, record: dict[str, float]) -> None:
         self.run_dir.log({"kind": kind, "step": step, **record})

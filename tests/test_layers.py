@@ -18,11 +18,11 @@ LAYERS = {
         "evaluation.clip_score",
     ],
     2: [
-        "data.stream", "diffusion.objective", "diffusion.sampler", "training.engine", "training.contrastive",
+        "training.watchdog", "data.stream", "diffusion.objective", "diffusion.sampler", "training.engine", "training.contrastive",
         "evaluation.score_rows",
     ],
-    3: ["training.checkpoint", "evaluation.captioner"],
-    4: ["sweep_report", "evaluation.validation", "evaluation.seed_protocol"],
+    3: ["training.universal", "evaluation.captioner"],
+    4: ["training.checkpoint", "sweep_report", "evaluation.validation", "evaluation.seed_protocol"],
     5: ["train", "evaluate", "caption", "report", "demo", "train_clip"],
     6: ["__main__"],
 }  # fmt: skip

@@ -19,8 +19,11 @@ from safetensors.torch import load_file
 from diffcap_dist import __main__ as diffcap
 from diffcap_dist.data.shard_format import MemberIndex
 from diffcap_dist.run_dir import RunDir
+from diffcap_dist.training import checkpoint
 from shards import make_shards
-from tests.conftest import launch, launch_command, rank_environment
+from tests.conftest import TINY_SETTINGS, launch, launch_command, rank_environment
+from tests.ranks.failing import NAN_AT, STALL_AT, STALL_SECONDS
+from tests.ranks.resume import losses
 from tests.test_image_encoder import saved_clip
 
 pytestmark = pytest.mark.slow
@@ -47,16 +50,67 @@ def test_gradients_of_one_rank_equal_those_of_two(tiny_config: Path, tmp_path: P
                 )
 
 
-def test_resume_is_exact_at_every_zero_stage(tiny_config: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def runs_of_two(scene_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """At each ZeRO stage a run in one go (``wholeN``) and one that crashed (``partsN``), on 2 ranks."""
+    folder = tmp_path_factory.mktemp("two")
+    config = folder / "tiny.yaml"
+    config.write_text(TINY_SETTINGS.format(run=folder / "run", shards=scene_shards))
+    launch(2, "tests.ranks.resume", str(config), str(folder), timeout=280)
+    return folder
+
+
+def test_resume_is_exact_at_every_zero_stage(runs_of_two: Path) -> None:
     """20 steps == 10 + crash + 10, bit for bit: losses, parameters, EMA and the next batch."""
-    launch(2, "tests.ranks.resume", str(tiny_config), str(tmp_path), timeout=280)
-    report = json.loads((tmp_path / "report.json").read_text())
+    report = json.loads((runs_of_two / "report.json").read_text())
     assert set(report) == {"0", "1", "2", "3"}
     for stage, result in report.items():
         assert result["resumed_at"] == 10, stage
         assert result["different"] == [], stage
         assert result["tensors"] > 60
         assert result["losses_equal"] and result["num_losses"] == 20, stage
+
+
+def goes_on_in(ranks: int, folder: Path, cases: dict[str, tuple[Path, int, int, str]], out: Path) -> None:
+    """Each case (source, step it stands at, step to go to, settings) in a world of ``ranks``: losses and samples."""
+    words = [f"{name}={source}:{at}:{to}:{more}" for name, (source, at, to, more) in cases.items()]
+    launch(ranks, "tests.ranks.relayout", str(folder / "tiny.yaml"), str(out), *words, timeout=400)
+    expected = losses(folder / "whole0")
+    averages = load_file(folder / "whole0" / "checkpoints" / "step_00000020" / "ema.safetensors")
+    for name, result in json.loads((out / f"report{ranks}.json").read_text()).items():
+        _, at, to, more = cases[name]
+        tolerance = 2e-2 if "bf16" in more else 1e-6
+        assert result["started_at"] == at and result["aside"] == [], name
+        assert result["losses"] == pytest.approx(expected[:to], rel=tolerance), name
+        assert result["positions"] == list(range(16 * at, 16 * to)), name
+        saved = out / name / "checkpoints" / f"step_{to:08d}"
+        assert checkpoint.damage(saved) is None
+        if "stage=3" in more:  # whole again (DeepSpeed #7546)
+            kinds = ("model_states", "optim_states")
+            assert [len(list(saved.glob(f"*zero_pp_rank_*_{kind}.pt"))) for kind in kinds] == [ranks, ranks], name
+        if to == 20:
+            got = load_file(saved / "ema.safetensors")
+            off = sum((got[key] - averages[key]).square().sum() for key in averages)
+            assert off < 1e-8 * sum(value.square().sum() for value in averages.values()), name
+
+
+@pytest.mark.timeout(900)
+def test_another_world_size_and_stage_continue(runs_of_two: Path, tmp_path: Path) -> None:
+    """2 -> 1 -> 2 and 2 -> 4 ranks at each ZeRO stage, and stages changed on the way: losses of the unbroken run."""
+
+    def zero(stage: int) -> str:
+        return f"training.zero_stage={stage}"
+
+    pairs = [(0, 0), (1, 1), (2, 2), (3, 3), (0, 3), (3, 2), (1, 0)]
+    one = {f"{a}to{b}": (runs_of_two / f"whole{a}", 10, 12, zero(b)) for a, b in pairs}
+    goes_on_in(1, runs_of_two, one, tmp_path)
+    two = {f"back{n}": (tmp_path / f"{n}to{n}", 12, 20 if n % 2 else 14, zero(n)) for n in range(4)}
+    bf16 = "training.precision=bf16"
+    two |= {"bf16_1": (runs_of_two / "whole2", 10, 12, f"{zero(1)}:{bf16}")}
+    two |= {"bf16_0": (tmp_path / "bf16_1", 12, 14, f"{zero(0)}:{bf16}")}
+    two |= {"bf16_3": (tmp_path / "bf16_0", 14, 16, f"{zero(3)}:{bf16}")}
+    goes_on_in(2, runs_of_two, two, tmp_path)
+    goes_on_in(4, runs_of_two, {f"four{n}": (runs_of_two / f"whole{n}", 10, 12, zero(n)) for n in range(4)}, tmp_path)
 
 
 def test_the_road_end_to_end(tiny_config: Path, tmp_path: Path) -> None:
@@ -86,14 +140,19 @@ def test_the_road_end_to_end(tiny_config: Path, tmp_path: Path) -> None:
 
 
 def test_sigkill_then_the_same_command_continues_exactly(tiny_config: Path, tmp_path: Path) -> None:
-    """Both ranks die at a random moment past step 10; started again, the weights equal an unbroken run's."""
+    """Rank 0 dies past step 10: the other names it and ends; started again, the weights equal an unbroken run's."""
     launch(2, "diffcap_dist.train", str(tiny_config), f"run_dir={tmp_path / 'whole'}")
     broken = RunDir(tmp_path / "broken")
     command = launch_command(2, "diffcap_dist.train", str(tiny_config), f"run_dir={broken.root}")
-    process = subprocess.Popen(command, env=rank_environment(), start_new_session=True, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env=rank_environment(), start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
     wait_until(lambda: any(r["step"] >= 12 for r in broken.read_metrics()), process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    killed = process_of_rank(0, tiny_config, broken.root)
+    os.kill(killed, signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and f"rank 1 lost rank 0 (process {killed})" in errors, errors[-4000:]
+    assert subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True).stdout == ""
     launch(2, "diffcap_dist.train", str(tiny_config), f"run_dir={broken.root}")
     whole = RunDir(tmp_path / "whole")
     ema = "checkpoints/step_00000020/ema.safetensors"
@@ -103,6 +162,31 @@ def test_sigkill_then_the_same_command_continues_exactly(tiny_config: Path, tmp_
     assert starts == [0, 10]
 
 
+def process_of_rank(rank: int, *words: object) -> int:
+    pattern = ".*".join([f"local_rank={rank}", *map(str, words)])
+    return int(subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True).stdout.split()[0])
+
+
+def test_a_loss_that_is_not_finite_and_a_step_that_never_ends(tiny_config: Path, tmp_path: Path) -> None:
+    """Both ranks stop at the same step, the keys written down; a stalled rank ends all, its stack on screen."""
+    command = launch_command(2, "tests.ranks.failing", str(tiny_config), str(tmp_path))
+    failed = subprocess.run(command, capture_output=True, text=True, timeout=240, env=rank_environment())
+    ended = time.time()
+    (first_said, _), (second_said, keys) = json.loads((tmp_path / "nan.json").read_text())
+    run = RunDir(tmp_path / "nan")
+    last = list(run.read_metrics())[-1]
+    assert first_said == second_said and f"at step {NAN_AT} on rank 1;" in first_said and str(run.metrics) in first_said
+    assert (
+        last["kind"] == "not_finite" and last["step"] == NAN_AT and last["keys"] == {"rank 1": keys} and len(keys) == 8
+    )
+    assert checkpoint._newest_complete(run.checkpoints) == "step_00000010"
+
+    assert failed.returncode != 0 and "in sleep_of_rank_one" in failed.stderr, failed.stderr[-4000:]
+    for rank in (0, 1):
+        assert f"rank {rank} of 2 made no step for {STALL_SECONDS} s after step {STALL_AT}" in failed.stderr
+    assert ended - float((tmp_path / "stalled_at").read_text()) < STALL_SECONDS + 10
+
+
 def test_sigterm_to_one_rank_saves_on_all(tiny_config: Path, tmp_path: Path) -> None:
     """The flag of one rank reaches the others at the step boundary: a checkpoint at once, and exit status 0."""
     run = RunDir(tmp_path / "run")
@@ -110,8 +194,7 @@ def test_sigterm_to_one_rank_saves_on_all(tiny_config: Path, tmp_path: Path) -> 
     command = launch_command(2, "diffcap_dist.train", str(tiny_config), *words)
     process = subprocess.Popen(command, env=rank_environment(), start_new_session=True, stderr=subprocess.DEVNULL)
     wait_until(lambda: any(r["step"] >= 5 for r in run.read_metrics()), process)
-    children = subprocess.run(["pgrep", "-f", f"local_rank=1.*{tiny_config}"], capture_output=True, text=True).stdout
-    os.kill(int(children.split()[0]), signal.SIGTERM)
+    os.kill(process_of_rank(1, tiny_config), signal.SIGTERM)
     assert process.wait(timeout=60) == 0
     saved = [p.name for p in run.checkpoints.iterdir() if p.name.startswith("step_")]
     assert len(saved) == 1 and not saved[0].endswith(".tmp")

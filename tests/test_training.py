@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ import torch
 from torch import nn
 
 from diffcap_dist.config import OptimizerConfig, TrainingConfig
-from diffcap_dist.training import checkpoint
+from diffcap_dist.training import checkpoint, distributed
+from diffcap_dist.training.distributed import Ranks
 from diffcap_dist.training.ema import EMA
 from diffcap_dist.training.engine import BatchSplit, choose_precision, deepspeed_config, split_batch
 from diffcap_dist.training.learning_rate import learning_rate
@@ -121,6 +124,7 @@ def flip(path: Path) -> None:
     [
         (lambda p: truncate(p / "weights.pt"), "1999 bytes, the manifest says 2000"),
         (lambda p: flip(p / "weights.pt"), "checksum"),
+        (lambda p: (p / "weights.pt").unlink(), "weights.pt is missing"),
         (lambda p: (p / "state.json").unlink(), "state.json is missing"),
         (lambda p: (p / "manifest.json").unlink(), "manifest.json is missing"),
         (lambda p: (p / "manifest.json").write_text("{"), "broken"),
@@ -134,6 +138,96 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(harm, found: str, tmp_pat
     assert found in (checkpoint.damage(tmp_path / "step_00000020") or "")
     assert checkpoint._newest_complete(tmp_path) == "step_00000010"
     assert "step_00000020" in caplog.text and found in caplog.text
+
+
+class PlainEngine:
+    """What ``checkpoint`` asks of DeepSpeed's engine; the files are two ranks'."""
+
+    def __init__(self, value: float) -> None:
+        self.module = nn.Linear(2, 2)
+        nn.init.constant_(self.module.weight, value)
+
+    def zero_optimization_stage(self) -> int:
+        return 0
+
+    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
+        for rank in range(2):
+            torch.save(self.module.state_dict(), Path(folder) / tag / f"rank{rank}.pt")
+
+    def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict]:
+        self.module.load_state_dict(torch.load(Path(folder) / tag / "rank1.pt", weights_only=True))
+        return tag, {}
+
+
+def save_in_a_process_killed_at(event: int, folder: Path) -> bool:
+    """Save step 20 in a fork that SIGKILLs itself at its ``event``-th touch of the disk; True: it had fewer."""
+    if child := os.fork():
+        return os.waitpid(child, 0)[1] == 0
+    count = 0
+
+    def touched() -> None:
+        nonlocal count
+        count += 1
+        if count == event:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def torn(write):  # type: ignore[no-untyped-def]
+        """Writers outside Python's own files: killed before, in the middle, and after."""
+
+        def writing(content, path, *rest):  # type: ignore[no-untyped-def]
+            touched()
+            write(content, path, *rest)
+            whole = Path(path).read_bytes()
+            Path(path).write_bytes(whole[: len(whole) // 2])
+            touched()
+            Path(path).write_bytes(whole)
+
+        return writing
+
+    def hook(name: str, words: tuple) -> None:
+        if name in TOUCHES and any(str(folder) in str(word) for word in words):
+            touched()
+
+    torch.save, checkpoint.save_file, fsync = torn(torch.save), torn(checkpoint.save_file), os.fsync
+    os.fsync = lambda number: (touched(), fsync(number))[1]
+    sys.addaudithook(hook)
+    save_step(20, folder)
+    os._exit(0)
+
+
+TOUCHES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.link", "os.truncate"}
+ALONE = Ranks(0, 0, 1, torch.device("cpu"))
+
+
+def save_step(step: int, folder: Path) -> None:
+    engine = PlainEngine(step)
+    checkpoint.save(engine, EMA(engine.module, 0.9), checkpoint.TrainState(step), folder, ALONE, keep_last=1)
+
+
+@pytest.mark.parametrize("before", [(10,), (10, 20)])  # 20: broken, so that the run comes by step 20 again
+def test_a_save_killed_at_any_moment_leaves_a_whole_checkpoint(before, tmp_path: Path, monkeypatch) -> None:  # type: ignore
+    monkeypatch.setattr(distributed, "barrier", lambda: None)
+    monkeypatch.setattr(distributed, "from_first", lambda value: value)
+    for step in before:
+        save_step(step, tmp_path / f"before{step}")
+    loaded = []
+    for event in itertools.count(1):
+        folder = tmp_path / str(event)
+        for step in before:
+            shutil.copytree(tmp_path / f"before{step}", folder, dirs_exist_ok=True)
+        if 20 in before:
+            (folder / "step_00000020" / "rank1.pt").unlink()
+        if save_in_a_process_killed_at(event, folder):
+            break
+        engine = PlainEngine(0)
+        ema = EMA(engine.module, 0.9)
+        state = checkpoint.load_latest(engine, ema, folder, ALONE)
+        loaded.append(state.step)
+        assert engine.module.weight[0, 0].item() == ema.averages["weight"][0, 0].item() == state.step, event
+        assert not list(folder.glob("*.tmp"))
+        save_step(30, folder)
+        assert [path.name for path in checkpoint.complete_checkpoints(folder)] == ["step_00000030"]
+    assert loaded == sorted(loaded) and set(loaded) == {10, 20} and len(loaded) > 40
 
 
 def test_old_checkpoints_go_the_best_stays(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 In: the engine, the EMA and a ``TrainState``. Out: ``checkpoints/step_00001000/`` with DeepSpeed's files, the whole EMA
 (safetensors), ``state.json`` and a ``manifest.json`` of sizes and checksums, written aside and renamed. ``load_latest``
-takes the newest complete one and names those it passes over.
+takes the newest complete one and names those it passes over; that of another number of ranks or another ZeRO stage is
+converted.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from diffcap_dist.training import distributed
 from diffcap_dist.training.distributed import Ranks
 from diffcap_dist.training.ema import EMA
 from diffcap_dist.training.engine import full_state, piece_of
+from diffcap_dist.training.universal import load_universal
 
 log = logging.getLogger(__name__)
 
@@ -73,21 +75,24 @@ def save(engine: Any, ema: EMA, state: TrainState, folder: Path, ranks: Ranks, k
 def load_latest(engine: Any, ema: EMA, folder: Path, ranks: Ranks) -> TrainState:
     """Continue from the newest complete checkpoint in ``folder``; a fresh TrainState when there is none."""
     found = distributed.from_first(_newest_complete(folder) if ranks.is_first else None)
+    if ranks.is_first:
+        _remove_leftovers(folder)
     if found is None:
         return TrainState()
     path = folder / found
     content = json.loads((path / "state.json").read_text())
     saved_world, saved_stage = content.pop("world_size"), content.pop("zero_stage")
     stage = engine.zero_optimization_stage()
-    if (saved_world != ranks.world_size and max(stage, saved_stage) > 0) or saved_stage != stage:
-        raise ValueError(
-            f"{path} was saved by {saved_world} ranks at ZeRO stage {saved_stage}; this run has {ranks.world_size} "
-            f"ranks at stage {stage}. Its optimizer state is partitioned that way: start with {saved_world} ranks and "
-            f"training.zero_stage={saved_stage} (below ZeRO 1 any number of ranks continues)."
-        )
-    loaded, _ = engine.load_checkpoint(str(folder), tag=found)
-    if loaded is None:
-        raise ValueError(f"DeepSpeed could not load {path} although its manifest is complete")
+    if stage != saved_stage or (stage and saved_world != ranks.world_size):
+        if ranks.is_first:
+            now = f"{ranks.world_size} at stage {stage}"
+            log.info("%s, of %d ranks at ZeRO stage %d, is converted for %s", path, saved_world, saved_stage, now)
+        load_universal(engine, path, saved_stage, ranks)
+        engine.global_steps, engine.global_samples = content["step"], content["samples_seen"]
+    else:
+        loaded, _ = engine.load_checkpoint(str(folder), tag=found)
+        if loaded is None:
+            raise ValueError(f"DeepSpeed could not load {path} although its manifest is complete")
     averages = load_file(path / "ema.safetensors")
     parameters = dict(engine.module.named_parameters())
     with torch.no_grad():
@@ -127,6 +132,15 @@ def _newest_complete(folder: Path) -> str | None:
     return None
 
 
+def _remove_leftovers(folder: Path) -> None:
+    """What a killed save or conversion left aside."""
+    for leftover in folder.glob("*.tmp"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+
+
 def _seal(aside: Path, final: Path) -> None:
     """Checksums, fsync, then the rename that makes it a checkpoint."""
     files = sorted(p for p in aside.rglob("*") if p.is_file())
@@ -135,9 +149,11 @@ def _seal(aside: Path, final: Path) -> None:
             os.fsync(handle.fileno())
     manifest = {str(p.relative_to(aside)): (p.stat().st_size, file_sha256(p)) for p in files}
     atomic_write(aside / "manifest.json", json.dumps(manifest, indent=1).encode())
+    old = final.with_name(final.name + ".old.tmp")
     if final.exists():  # the same step, saved again by a run that continued from an older checkpoint
-        shutil.rmtree(final)
+        final.rename(old)
     aside.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
     atomic_write(final.parent / "latest", final.name.encode())
 
 

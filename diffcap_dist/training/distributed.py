@@ -10,16 +10,19 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-# A rank that dies is noticed by the launcher; this bounds the wait when there is none.
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+# A rank that dies is noticed at once, for its connections close; this bounds the wait for one that hangs or is busy.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,15 @@ class Ranks:
         return self.rank == 0
 
 
-def init_ranks() -> Ranks:
-    """Join the process group (once per process) and take this rank's share of cores or its GPU."""
+class LostRank(RuntimeError):
+    """Another rank is gone."""
+
+
+def init_ranks(stall_seconds: float = 0) -> Ranks:
+    """Join the process group (once per process) and take this rank's share of cores or its GPU.
+
+    Collectives wait twice ``stall_seconds`` at least: the watchdog, which shows stacks, shall be first.
+    """
     of_slurm = {} if "RANK" in os.environ else slurm_rank_variables(os.environ, torch.cuda.device_count())
     os.environ.update(of_slurm)
     for name, value in {
@@ -57,8 +67,9 @@ def init_ranks() -> Ranks:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size)))
         share = max(1, len(os.sched_getaffinity(0)) // ranks_here)  # a task of srun may be bound to its share already
         torch.set_num_threads(int(os.environ.get("SLURM_CPUS_PER_TASK", share)) if of_slurm else share)
+    timeout = max(COLLECTIVE_TIMEOUT, timedelta(seconds=2 * stall_seconds))
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
     return Ranks(int(os.environ["RANK"]), local_rank, world_size, device)
 
 
@@ -87,6 +98,45 @@ def finish() -> None:
     """Leave the process group; without it gloo warns, and NCCL may hang, at exit."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def naming_lost_ranks(ranks: Ranks) -> Iterator[None]:
+    """A collective that fails because a process of this machine is gone becomes a LostRank with its rank.
+
+    deepspeed's launcher shows the command line of its last rank, whichever it was that died.
+    """
+    places = gather((socket.gethostname(), os.getpid()))
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error) is not RuntimeError and not isinstance(error, dist.DistError):
+            raise  # our own errors, and torch's that are about this rank
+        here = {rank: pid for rank, (host, pid) in enumerate(places) if host == socket.gethostname()}
+        if lost := _ended(here):
+            names = ", ".join(f"rank {rank} (process {here[rank]})" for rank in lost)
+            raise LostRank(
+                f"rank {ranks.rank} lost {names} on {socket.gethostname()}: it died. Its own last words say why; there "
+                "are none where the system killed it (memory?). The same command continues from the last checkpoint"
+            ) from error
+        raise
+
+
+def _ended(processes: dict[int, int], patience: float = 5.0) -> list[int]:
+    """The ranks (rank -> process) of this machine that are no more, as soon as there is one."""
+    deadline = time.monotonic() + patience
+    while True:
+        lost = [rank for rank, pid in processes.items() if _is_gone(pid)]
+        if lost or time.monotonic() > deadline:
+            return lost
+        time.sleep(0.2)
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] in "ZX"
+    except OSError:
+        return True
 
 
 def largest(values: Sequence[float], device: torch.device) -> list[float]:

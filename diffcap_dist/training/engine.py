@@ -10,8 +10,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -153,3 +156,38 @@ def piece_of(whole: Tensor, parameter: nn.Parameter) -> Tensor:
     flat[: whole.numel()] = whole.flatten()
     start = dist.get_rank() * size
     return flat[start : start + size].to(piece.device).reshape(piece.shape)
+
+
+def optimizer_and_masters(engine: Any) -> tuple[torch.optim.Optimizer, list[Tensor]]:
+    """torch's own optimizer and the fp32 tensors it steps: one per trained parameter at stage 0, or partitions."""
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return optimizer, [master for group in optimizer.param_groups for master in group["params"]]
+
+
+def convert_partitions(path: Path, target: Path) -> None:
+    """A checkpoint of ZeRO 1-3 -> DeepSpeed's universal format (whole tensors) in ``target``. One rank enters.
+
+    Paths are relative meanwhile: the converter takes them for patterns, and brackets are common in a run's name.
+    """
+    from deepspeed.checkpoint import ds_to_universal
+
+    settings = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
+    folders = {"input_folder": path.name, "output_folder": target.name}
+    with chdir(path.parent), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        ds_to_universal.main(SimpleNamespace(**folders, **settings, inject_missing_state=True))
+    (path.parent / "latest_universal").unlink()
+
+
+def deepspeed_version() -> str:
+    import deepspeed
+
+    return str(deepspeed.__version__)
+
+
+def load_partitions(engine: Any, folder: Path) -> None:
+    """This rank's masters and optimizer state from the universal format; a ZeRO stage above 0. All ranks enter.
+
+    Through the optimizer, not ``engine.load_checkpoint`` with ``load_universal``: under that setting later ZeRO-3 saves
+    lack the files of the other ranks (DeepSpeed #7546), and no stage loads another one's checkpoint.
+    """
+    engine.optimizer.load_state_dict(None, checkpoint_folder=str(folder))
