@@ -289,6 +289,7 @@ def test_spread() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(700)
 def test_a_sweep_trains_evaluates_and_survives_a_failing_cell(table: Path) -> None:
     out = table.parent / "out"
     over = table.parent / "over.yaml"
