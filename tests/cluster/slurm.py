@@ -14,6 +14,7 @@ In tests of tests/cluster, the fixture ``slurm`` is such a cluster, and SLURM_CO
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import secrets
@@ -61,6 +62,7 @@ SlurmctldParameters=preempt_send_user_signal
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
+# It looks at time limits every 30 s; SIGKILL comes KillWait after SIGTERM.
 KillWait=10
 EnforcePartLimits=ALL
 SlurmdTimeout=10
@@ -120,7 +122,7 @@ class Cluster:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o755)
         try:
-            self._name_nodes()
+            change_hosts(lambda text: text + self._hosts_line())
             self._write_configuration()
             self._start_munge()
             self._start_accounting()
@@ -147,8 +149,7 @@ class Cluster:
             self.kill_node(node)
         for file in sorted(self.folder.glob("pids/*")):
             self._kill(file.name)
-        if HOSTS.exists() and self._hosts_line() in HOSTS.read_text():
-            HOSTS.write_text(HOSTS.read_text().replace(self._hosts_line(), ""))
+        change_hosts(lambda text: text.replace(self._hosts_line(), ""))
         shutil.rmtree(self.folder, ignore_errors=True)
 
     # What tests do with it
@@ -193,11 +194,6 @@ class Cluster:
             self._until(f"{name} up", lambda: self.node_states().get(name) in ("idle", "mix", "alloc"), 60)
 
     # How it is made
-
-    def _name_nodes(self) -> None:
-        if self._hosts_line() not in HOSTS.read_text():
-            with HOSTS.open("a") as file:
-                file.write(self._hosts_line())
 
     def _hosts_line(self) -> str:
         return f"127.0.0.1 {' '.join(NODES)} # diffcap-dist {self.folder}\n"
@@ -304,9 +300,22 @@ def install() -> None:
         return
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for words in (["update"], ["install", "--yes", "--no-install-recommends", *PACKAGES]):
-        done = subprocess.run(["apt-get", "-q", *words], capture_output=True, text=True, env=quiet, timeout=240)
+        command = ["apt-get", "-q", "-o", "DPkg::Lock::Timeout=100", *words]
+        done = subprocess.run(command, capture_output=True, text=True, env=quiet, timeout=240)
         if done.returncode != 0:
             raise ClusterUnavailable(f"apt-get {words[0]} failed: {done.stderr.strip()[-500:]}")
+
+
+def change_hosts(change: Callable[[str], str]) -> None:
+    """In place, since a container may have it mounted; one process at a time."""
+    with HOSTS.open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        before = file.read()
+        after = change(before)
+        if after != before:
+            file.seek(0)
+            file.write(after)
+            file.truncate()
 
 
 def remove_orphans() -> None:

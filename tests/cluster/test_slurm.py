@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.slurm import Cluster
+from tests.cluster.slurm import Cluster, ClusterUnavailable, install
 
 pytestmark = pytest.mark.slow
 
@@ -18,6 +18,15 @@ echo start $SLURM_RESTART_COUNT
 [ "$SLURM_RESTART_COUNT" ] && exit 0
 while true; do sleep 0.1; done
 """
+
+
+def test_where_it_is_impossible_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ClusterUnavailable, match="no apt-get"):
+        install()
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    with pytest.raises(ClusterUnavailable, match="need root"):
+        install()
 
 
 def test_two_idle_nodes(slurm: Cluster) -> None:
@@ -43,7 +52,7 @@ def test_jobs_start_again(slurm: Cluster, tmp_path: Path) -> None:
     preempted = submit("preempted", "--nodelist=n1", "--partition=low", "--signal=B:USR2@30")
     lost = submit("lost", "--nodelist=n2")
     slurm.kill_node("n2")
-    above = slurm.sbatch("--nodelist=n1", "--cpus-per-task=2", f"--output={tmp_path}/above", "--wrap=hostname")
+    above = slurm.sbatch("--nodelist=n1", f"--output={tmp_path}/above", "--wrap=hostname")
     slurm.wait_for_job(lost, "PENDING")
     assert slurm.node_states()["n2"].startswith("down")
     slurm.start_node("n2")
