@@ -137,7 +137,7 @@ class Cluster:
 
     def reset(self) -> None:
         """No jobs, both nodes idle: for the next test."""
-        self._run("scancel", "--user=root")
+        self.scancel("--user=root")
         for node in NODES:
             if not (self.folder / "pids" / node).exists():
                 self.start_node(node, wait=False)
@@ -160,6 +160,9 @@ class Cluster:
 
     def scontrol(self, *words: str) -> str:
         return self._run("scontrol", *words).stdout
+
+    def scancel(self, *words: str) -> None:
+        self._run("scancel", *words)
 
     def job_state(self, job: str) -> str:
         """Now, e.g. RUNNING; of an array, all states. From slurmctld, which knows before the accounting does."""

@@ -123,6 +123,21 @@ def test_requeued_and_preempted(slurm: Cluster, unbroken: Submitted, scene_shard
     check_equal(run, unbroken)
 
 
+def test_the_time_limit(slurm: Cluster, scene_shards: Path, tmp_path: Path) -> None:
+    """Warned, saved, requeued, continued from there; cancelled with the evaluation that waits for it."""
+    words = ["training.num_steps=1000000", "training.validate_every=1000000", "training.save_every=1000000"]
+    run = Submitted(slurm, tmp_path / "r", scene_shards, *words)
+    run.wait_for_step(5)
+    soon = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 100))  # it is warned 120 s before
+    slurm.scontrol("update", f"JobId={run.job}", f"EndTime={soon}")
+    run.wait_until(lambda: len(run.starts()) == 2, "the second start")
+    assert run.starts()[1] >= 5 and "its time limit" in run.ends()[0]
+    run.wait_for_step(run.starts()[1] + 5)
+    slurm.scancel(run.job)
+    slurm.wait_for_job(run.job, "CANCELLED")
+    assert slurm.job_state(run.jobs["evaluate"]) == "CANCELLED"
+
+
 def test_a_killed_rank_and_a_lost_node(slurm: Cluster, unbroken: Submitted, scene_shards: Path, tmp_path: Path) -> None:
     run = Submitted(slurm, tmp_path / "r", scene_shards, "--no-evaluate-after")
     run.wait_for_step(25)
