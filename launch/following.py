@@ -5,6 +5,7 @@ In: a job that was handed in. Out: text on the screen, and an exit status.
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -23,12 +24,15 @@ def follow(run: RunDir, job: Submitted, rank: int = 0) -> int:
             sys.stdout.write(text)
             sys.stdout.flush()
     except KeyboardInterrupt:
-        print(f"\nthe job goes on; {SELF} logs {run.root} --follow comes back, {SELF} cancel {run.root} ends it")
+        where = shlex.quote(str(run.root))
+        print(f"\nthe job goes on; {SELF} logs {where} --follow comes back, {SELF} cancel {where} ends it")
         return 0
-    if is_finished(run) and not scheduler.state(job, run).startswith("FAILED"):
-        print(f"\n[{job.kind} {job.job}] finished; scores will be in {run.scores}")
+    ended = scheduler.state(job, run)
+    if is_finished(run) and ended.startswith(("COMPLETED", "not in the queue")):
+        known = f"scores in {run.scores}" if run.scores.is_file() else "the evaluation is next"
+        print(f"\n[{job.kind} {job.job}] finished; {known}")
         return 0
-    print(f"\n[{job.kind} {job.job}] {scheduler.state(job, run)} at step {saved_step(run)}\n{failure(run, job)}")
+    print(f"\n[{job.kind} {job.job}] {ended} at step {saved_step(run)}\n{failure(run, job)}")
     return 1
 
 
@@ -60,7 +64,7 @@ def failure(run: RunDir, job: Submitted) -> str:
         return "\n".join(read_log(job.job_log(run)).splitlines()[-10:])
     ranks = scheduler.failures(job, run)
     if not ranks:
-        return f"stopped before its end; it continues with: {SELF} resubmit {run.root}"
+        return f"stopped before its end; it continues with: {SELF} resubmit {shlex.quote(str(run.root))}"
     first = min(ranks, key=lambda rank: job.log(run, rank).stat().st_mtime if job.log(run, rank).is_file() else 0)
     return f"first to fail: rank {first} ({job.log(run, first)})\n{last_traceback(job.log(run, first))}"
 

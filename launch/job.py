@@ -62,12 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("--status", type=int, default=0)
     parser.add_argument("--said", type=Path)
+    parser.add_argument("--warning", type=int, default=WARNING_SECONDS, help="seconds before the time limit")
     args = parser.parse_args(argv)
     run = RunDir(args.run)
     if args.what == "before":
         before(run, args.kind)
         return 0
-    return after(run, args.kind, args.status, args.said)
+    return after(run, args.kind, args.status, args.said, args.warning)
 
 
 def before(run: RunDir, kind: str) -> None:
@@ -76,7 +77,7 @@ def before(run: RunDir, kind: str) -> None:
     print(free_port())
 
 
-def after(run: RunDir, kind: str, status: int, said: Path) -> int:
+def after(run: RunDir, kind: str, status: int, said: Path, warning: int = WARNING_SECONDS) -> int:
     """The job's exit status. 0 lets the jobs that wait for it start."""
     job, restarts = _job()
     words = said.read_text(errors="replace") if said.is_file() else ""
@@ -89,7 +90,7 @@ def after(run: RunDir, kind: str, status: int, said: Path) -> int:
     state = job_state(job)
     if found is not None:
         print(describe_failure(run, kind, job, found), file=sys.stderr)
-    how = _verdict(run, kind, job, status, found, state)
+    how = _verdict(run, kind, job, status, found, state, warning)
     add_record(run, {**end, "how": how, "culprit": str(found) if found else None})
     _say(f"{kind} of {run.root}: {how}")
     if not how.startswith("requeued"):
@@ -97,7 +98,9 @@ def after(run: RunDir, kind: str, status: int, said: Path) -> int:
     return _requeue(job)
 
 
-def _verdict(run: RunDir, kind: str, job: str, status: int, found: Culprit | None, state: dict[str, str]) -> str:
+def _verdict(
+    run: RunDir, kind: str, job: str, status: int, found: Culprit | None, state: dict[str, str], warning: int
+) -> str:
     """What becomes of a job whose ranks ended before the work was done."""
     step = saved_step(run)
     resume = f"continue with: {SELF} resubmit {shlex.quote(str(run.root))}"
@@ -108,14 +111,14 @@ def _verdict(run: RunDir, kind: str, job: str, status: int, found: Culprit | Non
         return f"failed; {resume}"
     if status and (found is None or not found.was_killed):
         return f"failed at step {step}; {mend}"
-    why = why_stopped(state)
+    why = why_stopped(state, warning)
     if why != "preempted" and idle_starts(run, job, step) >= STARTS_WITHOUT_PROGRESS:
         return f"given up: {STARTS_WITHOUT_PROGRESS} starts in a row saved nothing new; {resume}"
     warned = found is None or found.how in WARNED  # by the signal itself, where it came before the first step
     return f"requeued, saved at step {step}: " + (why if warned else str(found))
 
 
-def why_stopped(state: dict[str, str]) -> str:
+def why_stopped(state: dict[str, str], warning: int) -> str:
     """Time limit or preemption, from what SLURM knows of the job rather than from how long it ran."""
     if state.get("PreemptTime", "None") not in ("None", "Unknown"):
         return "preempted"
@@ -123,7 +126,8 @@ def why_stopped(state: dict[str, str]) -> str:
         left = time.mktime(time.strptime(state["EndTime"], "%Y-%m-%dT%H:%M:%S")) - time.time()
     except (KeyError, ValueError):
         return "a signal"
-    return "its time limit" if left <= WARNING_SECONDS + 60 and state.get("TimeLimit") != "UNLIMITED" else "a signal"
+    # SLURM may send the signal a minute early.
+    return "its time limit" if left <= warning + 60 and state.get("TimeLimit") != "UNLIMITED" else "a signal"
 
 
 def idle_starts(run: RunDir, job: str, step: int) -> int:

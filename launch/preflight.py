@@ -7,6 +7,7 @@ others, a sample of the shards, an all-reduce of 64 MB. Rank 0 prints the table 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -27,7 +28,7 @@ from diffcap_dist.run_dir import RunDir
 from diffcap_dist.training import distributed
 from diffcap_dist.training.distributed import Ranks
 
-PACKAGES = ("torch", "torchvision", "deepspeed", "transformers", "open_clip_torch", "numpy", "diffcap-dist")
+PACKAGES = ("torch", "torchvision", "deepspeed", "transformers", "open_clip_torch", "numpy", "webdataset")
 ALL_REDUCE_BYTES = 64 * 2**20
 CLOCK_SECONDS = 2.0  # files' times and time limits are compared across nodes
 VISIBLE_SECONDS = 60.0  # a shared file system may show a file late
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def examine(config: Config, ranks: Ranks, expected_gpus: int) -> dict[str, Any]:
     """What this rank finds; all ranks enter."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    versions = {name: version_of(name) for name in PACKAGES} | {"python": platform.python_version()}
     report: dict[str, Any] = {"rank": ranks.rank, "node": os.environ.get("SLURMD_NODENAME", platform.node())}
     report |= {"versions": versions, "gpus": torch.cuda.device_count(), "expected_gpus": expected_gpus}
     report |= {"gpu": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "none"}
@@ -62,7 +63,7 @@ def examine(config: Config, ranks: Ranks, expected_gpus: int) -> dict[str, Any]:
     distributed.barrier()
     report["clock"] = time.time()
     report["all_reduce_gb_s"] = all_reduce_speed(ranks)
-    for what, check in {"run directory": check_disk, "shards": check_shards}.items():
+    for what, check in {"write": write_file, "run directory": see_files, "shards": check_shards}.items():
         started = time.perf_counter()
         try:
             report[what] = check(config, ranks)
@@ -70,7 +71,16 @@ def examine(config: Config, ranks: Ranks, expected_gpus: int) -> dict[str, Any]:
             report["errors"].append(f"{what}: {type(error).__name__}: {error}")
         report[f"{what} seconds"] = time.perf_counter() - started
         distributed.barrier()
+    with contextlib.suppress(OSError):
+        _file_of(config, ranks.rank).unlink()
     return report
+
+
+def version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
 
 
 def all_reduce_speed(ranks: Ranks) -> float:
@@ -86,24 +96,28 @@ def all_reduce_speed(ranks: Ranks) -> float:
     return 2 * (ranks.world_size - 1) / ranks.world_size * ALL_REDUCE_BYTES / seconds / 1e9
 
 
-def check_disk(config: Config, ranks: Ranks) -> str:
-    """Every rank writes a file, and sees those of all others."""
-    folder = RunDir(config.run_dir).root / "preflight"
-    folder.mkdir(parents=True, exist_ok=True)
-    own = folder / str(ranks.rank)
-    own.write_bytes(os.urandom(2**20))
-    distributed.barrier()
+def write_file(config: Config, ranks: Ranks) -> None:
+    """Of one MB, into the run directory."""
+    file = _file_of(config, ranks.rank)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(os.urandom(2**20))
+
+
+def see_files(config: Config, ranks: Ranks) -> str:
+    """Those of all ranks, however late a shared disk shows them; how much room there is."""
     deadline = time.monotonic() + VISIBLE_SECONDS
     missing = list(range(ranks.world_size))
     while missing and time.monotonic() < deadline:
-        missing = [rank for rank in missing if not (folder / str(rank)).is_file()]
+        missing = [rank for rank in missing if not _file_of(config, rank).is_file()]
         time.sleep(0.1 if missing else 0)
-    distributed.barrier()
-    free = shutil.disk_usage(folder).free
-    own.unlink()
+    folder = _file_of(config, 0).parent
     if missing:
         raise OSError(f"the files of ranks {missing} did not appear in {folder}: is it shared by the nodes?")
-    return f"{free / 1e9:,.0f} GB free"
+    return f"{shutil.disk_usage(folder).free / 1e9:,.0f} GB free"
+
+
+def _file_of(config: Config, rank: int) -> Path:
+    return RunDir(config.run_dir).logs / f"preflight.{rank}.tmp"
 
 
 def check_shards(config: Config, ranks: Ranks) -> str:
@@ -123,7 +137,9 @@ def _as_they_are(data: bytes, crop: Crop | None = None) -> torch.Tensor:
 def problems(reports: Sequence[dict[str, Any]]) -> list[str]:
     """What is wrong, a line each."""
     first = reports[0]
-    found = [f"rank {r['rank']} on {r['node']}: {error}" for r in reports for error in r["errors"]]
+    needed = [name for name, version in first["versions"].items() if version == "missing"]
+    found = [f"{name} is not installed on {first['node']}" for name in needed]
+    found += [f"rank {r['rank']} on {r['node']}: {error}" for r in reports for error in r["errors"]]
     for report in reports[1:]:
         for name, version in report["versions"].items():
             if version != first["versions"][name]:

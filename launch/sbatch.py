@@ -24,6 +24,7 @@ class Resources:
     cpus_per_task: int = 0  # 0: the cluster's default
     mem: str = ""
     time: str = ""  # as sbatch takes it: minutes, H:MM:SS, D-HH, ...
+    warning: int = 0  # seconds between SIGUSR2 and the time limit; 0: WARNING_SECONDS, less where the limit is short
     partition: str = ""
     account: str = ""
     qos: str = ""
@@ -67,21 +68,24 @@ def script(job: Job, resources: Resources) -> str:
     if resources.cpus_per_task:  # srun no longer takes it over from sbatch since SLURM 22.05
         srun.append(f"--cpus-per-task={resources.cpus_per_task}")
     srun.append(f"--output={_pattern(job.logs / f'{job.kind}.%j.%t.log')}")
+    warning = resources.warning or warning_seconds(resources.time)
     said = f'{shlex.quote(str(job.logs / job.kind))}."$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}".srun'
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH --{key}" + (f"={_quoted(value)}" if value else "") for key, value in options.items()),
         "",
-        "# The snapshot is what runs, wherever the checkout has gone since.",
-        f"export PYTHONPATH={shlex.quote(str(job.code))} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1",
         *resources.setup,
+        "# The snapshot is what runs, wherever the checkout has gone since. Some shared disks show it late.",
+        f"code={shlex.quote(str(job.code))}",
+        'for second in {1..60}; do [ -d "$code" ] && break; sleep 1; done',
+        'export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1',
         "trap : TERM USR2  # the ranks save at their next step; this shell sees them out",
         f"said={said}  # what srun says: who failed first",
         'export MASTER_ADDR="$SLURMD_NODENAME"',
         f'MASTER_PORT="$({python} -m launch.job before {job.kind} {run})" || exit 1',
         "export MASTER_PORT",
         f'{_words(srun)} {python} -m {job.module} {_words(job.words)} 2> "$said"',
-        f'{python} -m launch.job after {job.kind} {run} --status $? --said "$said"',
+        f'{python} -m launch.job after {job.kind} {run} --status $? --said "$said" --warning {warning}',
     ]
     return "\n".join(lines) + "\n"
 
@@ -100,7 +104,7 @@ def sbatch_options(job: Job, resources: Resources) -> dict[str, str]:
         "chdir": str(job.folder),
         "output": _pattern(job.logs / f"{job.kind}.%j.log"),
         "open-mode": "append",
-        "signal": f"USR2@{warning_seconds(r.time)}" if job.warn else "",
+        "signal": f"USR2@{r.warning or warning_seconds(r.time)}" if job.warn else "",
     }
     options = {key: value for key, value in options.items() if value}
     return options | {"requeue": ""} | {key.replace("_", "-"): value for key, value in r.slurm.items()}

@@ -133,7 +133,8 @@ def start_local(run: RunDir, like: Submitted, minutes: float, code: Path, call: 
     executor = {"local": submitit.LocalExecutor, "debug": submitit.DebugExecutor}[like.cluster](run.logs / "local")
     executor.update_parameters(timeout_min=minutes, tasks_per_node=like.ranks, gpus_per_node=like.gpus)
     executor.update_parameters(signal_delay_s=LOCAL_WARNING_SECONDS, stderr_to_stdout=True)
-    with _left_alone(), _changed(PYTHONPATH=str(code), PYTHONSAFEPATH="1", PYTHONUNBUFFERED="1"):
+    path = os.pathsep.join([str(code), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with _left_alone(), _changed(PYTHONPATH=path, PYTHONSAFEPATH="1", PYTHONUNBUFFERED="1"):
         job = executor.submit(call)
     submitted = dataclasses.replace(like, job=job.job_id)
     record(run, submitted)

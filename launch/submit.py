@@ -75,8 +75,9 @@ def submit(args: argparse.Namespace) -> int:
                 f"{run.root} has a job already: {job.kind} {job.job}, {now}. "
                 f"Look at it: {SELF} logs {run.root} --follow; end it: {SELF} cancel {run.root}"
             )
-    run.begin(config)
-    run.logs.mkdir(exist_ok=True)
+    if not args.preflight:  # which may try out several configs
+        run.begin(config)
+    run.logs.mkdir(parents=True, exist_ok=True)
     taken = snapshot.take(ROOT, config, run.snapshots)
     print(f"run        {run.root}\nsnapshot   {taken}: {(taken / 'git.txt').read_text().strip()}")
     print("\n".join(f"{name:<10} {value}" for name, value in numbers.items()), flush=True)
@@ -218,7 +219,7 @@ def derived_numbers(config: Config, resources: Resources) -> dict[str, str]:
     except (OSError, ValueError, ZeroDivisionError) as error:
         numbers["steps"] = f"{steps:,}; how many an epoch is not known here: {str(error).splitlines()[0]}"
     every = f"every {config.training.save_every} steps, and when the job is warned"
-    numbers["saves"] = every + f", {warning_seconds(resources.time)} s before its time limit"
+    numbers["saves"] = every + f", {resources.warning or warning_seconds(resources.time)} s before its time limit"
     return numbers
 
 
@@ -259,8 +260,8 @@ def status(words: Sequence[str]) -> int:
         told = f"; {starts} starts" if starts > 1 else ""
         told += f"; last: {ends[-1]['how']}" if ends else ""
         print(f"  {job.kind:<9} {job.cluster} {job.job}: {scheduler.state(job, run)}{told}")
-    if run.scores.is_file():
-        scores = json.loads(run.scores.read_text())
+    scores = json.loads(run.scores.read_text()) if run.scores.is_file() else {}
+    if "bleu_4" in scores:
         print(f"  scores    BLEU-4 {scores['bleu_4']:.4f} on {scores['photos']} photos ({run.scores})")
     return 0
 
@@ -290,7 +291,7 @@ def cancel(words: Sequence[str]) -> int:
     for job in reversed(live):  # the evaluation first: it waits for the training
         scheduler.cancel(job)
         print(f"cancelled {job.kind} {job.job}")
-    print(f"continue with: {SELF} resubmit {run.root}" if live else "nothing to cancel")
+    print(f"continue with: {SELF} resubmit {shlex.quote(str(run.root))}" if live else "nothing to cancel")
     return 0
 
 
@@ -348,6 +349,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cluster", choices=("auto", "slurm", "local", "debug"), default="auto")
     counts = {"nodes": "default 1", "gpus-per-node": "default 0", "cpus-per-task": "of each rank"}
     counts["ranks-per-node"] = "default: one a GPU"
+    counts["warning"] = "seconds before the time limit in which a checkpoint has to fit (default 120)"
     for name, text in counts.items():
         parser.add_argument(f"--{name}", type=_count, metavar="N", help=text)
     parser.add_argument("--mem", metavar="SIZE", help="of a node, e.g. 64G")

@@ -68,21 +68,21 @@ def slurm_of_scripts(programs: Path, log: Path) -> None:
 def test_dry_run_needs_no_slurm_and_writes_nothing(
     spaced_config: Path, programs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [
-        "--dry-run",
-        "--nodes",
-        "2",
-        "--gpus-per-node",
-        "4",
-        "--cpus-per-task",
-        "6",
-        "--time",
-        "1-12",
-        "--mem",
-        "9G",
-    ]
-    words += ["--partition", "gpu", "--comment", 'for "us"', "--slurm", "exclusive", "--slurm", "mail-type=END"]
-    assert submit.main([*words, str(spaced_config), "training.micro_batch_size=1", "training.zero_stage=2"]) == 0
+    words = "--dry-run --nodes 2 --gpus-per-node 4 --cpus-per-task 6 --time 1-12 --mem 9G --partition gpu --warning 300"
+    words += " --slurm exclusive --slurm mail-type=END"
+    assert (
+        submit.main(
+            [
+                *words.split(),
+                "--comment",
+                'for "us"',
+                str(spaced_config),
+                "training.micro_batch_size=1",
+                "training.zero_stage=2",
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     run = spaced_config.parent / "run"
     assert not run.exists()
@@ -98,7 +98,7 @@ def test_dry_run_needs_no_slurm_and_writes_nothing(
         '#SBATCH --comment="for \\"us\\""',
         "#SBATCH --exclusive",
         "#SBATCH --mail-type=END",
-        "#SBATCH --signal=USR2@120",
+        "#SBATCH --signal=USR2@300",
         "#SBATCH --requeue",
         f'#SBATCH --output="{str(run).replace("%", "%%")}/logs/train.%j.log"',
         "# ranks      8 = 2 nodes x 4, ZeRO stage 2",
@@ -355,6 +355,20 @@ def test_what_a_preflight_finds_wrong() -> None:
         "n2 has 8 GPUs to give, but torch sees none",
         "the nodes' clocks are 7.5 s apart",
     ]
+
+
+def test_a_preflight_of_one_rank(tiny_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert preflight.main([str(tiny_config)]) == 0
+    said = capsys.readouterr().out
+    assert "preflight: all well" in said and "shards 1 of train" in said and "torch 2." in said
+    logs = load_config(tiny_config).run_dir + "/logs"
+    assert list(Path(logs).iterdir()) == []
+    tiny_config.write_text(tiny_config.read_text().replace("features: oracle", "features: none, train_split: nowhere"))
+    shutil.rmtree(logs)
+    Path(logs).touch()  # nothing can be written there
+    assert preflight.main([str(tiny_config)]) == 1
+    said = capsys.readouterr().out
+    assert "WRONG: rank 0 on " in said and "write: FileExistsError" in said and "shards: ValueError" in said
 
 
 # ---- real ranks ----
