@@ -79,7 +79,7 @@ def goes_on_in(ranks: int, folder: Path, cases: dict[str, tuple[Path, int, int, 
     averages = load_file(folder / "whole0" / "checkpoints" / "step_00000020" / "ema.safetensors")
     for name, result in json.loads((out / f"report{ranks}.json").read_text()).items():
         _, at, to, more = cases[name]
-        tolerance = 2e-2 if "bf16" in more else 1e-6
+        tolerance = 2e-2 if "bf16" in name else 1e-6
         assert result["started_at"] == at and result["aside"] == [], name
         assert result["losses"] == pytest.approx(expected[:to], rel=tolerance), name
         assert result["positions"] == list(range(16 * at, 16 * to)), name
@@ -106,9 +106,10 @@ def test_another_world_size_and_stage_continue(runs_of_two: Path, tmp_path: Path
     goes_on_in(1, runs_of_two, one, tmp_path)
     two = {f"back{n}": (tmp_path / f"{n}to{n}", 12, 20 if n % 2 else 14, zero(n)) for n in range(4)}
     bf16 = "training.precision=bf16"
-    two |= {"bf16_1": (runs_of_two / "whole2", 10, 12, f"{zero(1)}:{bf16}")}
-    two |= {"bf16_0": (tmp_path / "bf16_1", 12, 14, f"{zero(0)}:{bf16}")}
-    two |= {"bf16_3": (tmp_path / "bf16_0", 14, 16, f"{zero(3)}:{bf16}")}
+    two |= {"bf16_2": (runs_of_two / "whole2", 10, 12, f"{zero(2)}:{bf16}")}
+    two |= {"bf16_1": (tmp_path / "bf16_2", 12, 14, f"{zero(1)}:{bf16}")}
+    two |= {"bf16_0": (tmp_path / "bf16_1", 14, 16, f"{zero(0)}:{bf16}")}
+    two |= {"from_bf16": (tmp_path / "bf16_0", 16, 18, zero(3))}
     goes_on_in(2, runs_of_two, two, tmp_path)
     goes_on_in(4, runs_of_two, {f"four{n}": (runs_of_two / f"whole{n}", 10, 12, zero(n)) for n in range(4)}, tmp_path)
 

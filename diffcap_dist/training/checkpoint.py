@@ -2,8 +2,8 @@
 
 In: the engine, the EMA and a ``TrainState``. Out: ``checkpoints/step_00001000/`` with DeepSpeed's files, the whole EMA
 (safetensors), ``state.json`` and a ``manifest.json`` of sizes and checksums, written aside and renamed. ``load_latest``
-takes the newest complete one and names those it passes over; that of another number of ranks or another ZeRO stage is
-converted.
+takes the newest complete one and names those it passes over; one of another number of ranks, ZeRO stage or precision
+is converted.
 """
 
 from __future__ import annotations
@@ -62,8 +62,7 @@ def save(engine: Any, ema: EMA, state: TrainState, folder: Path, ranks: Ranks, k
     if ranks.is_first:
         trained = {name: averages[name] for name in ema.averages}
         save_file(trained, aside / "ema.safetensors")
-        layout = {"world_size": ranks.world_size, "zero_stage": engine.zero_optimization_stage()}
-        (aside / "state.json").write_text(json.dumps({**asdict(state), **layout}, indent=2))
+        (aside / "state.json").write_text(json.dumps(asdict(state) | _layout(engine, ranks), indent=2))
     distributed.barrier()  # every rank's file is written
     if ranks.is_first:
         _seal(aside, final)
@@ -81,13 +80,15 @@ def load_latest(engine: Any, ema: EMA, folder: Path, ranks: Ranks) -> TrainState
         return TrainState()
     path = folder / found
     content = json.loads((path / "state.json").read_text())
-    saved_world, saved_stage = content.pop("world_size"), content.pop("zero_stage")
-    stage = engine.zero_optimization_stage()
-    if stage != saved_stage or (stage and saved_world != ranks.world_size):
+    layout = _layout(engine, ranks)
+    saved = {name: content.pop(name, layout[name]) for name in layout}
+    differing = {name for name in layout if saved[name] != layout[name]}
+    if layout["zero_stage"] == 0:
+        differing.discard("world_size")  # its files are the same for any
+    if differing:
         if ranks.is_first:
-            now = f"{ranks.world_size} at stage {stage}"
-            log.info("%s, of %d ranks at ZeRO stage %d, is converted for %s", path, saved_world, saved_stage, now)
-        load_universal(engine, path, saved_stage, ranks)
+            log.info("%s is converted from %s to %s", path, _in_words(saved), _in_words(layout))
+        load_universal(engine, path, saved["zero_stage"], ranks)
         engine.global_steps, engine.global_samples = content["step"], content["samples_seen"]
     else:
         loaded, _ = engine.load_checkpoint(str(folder), tag=found)
@@ -121,6 +122,16 @@ def damage(path: Path) -> str | None:
         if file_sha256(file) != sha256:
             return f"{name} does not have the checksum of the manifest"
     return None
+
+
+def _layout(engine: Any, ranks: Ranks) -> dict[str, Any]:
+    """What decides how DeepSpeed lays its files out."""
+    dtype = str(next(engine.module.parameters()).dtype).removeprefix("torch.")
+    return {"world_size": ranks.world_size, "zero_stage": engine.zero_optimization_stage(), "dtype": dtype}
+
+
+def _in_words(layout: dict[str, Any]) -> str:
+    return f"{layout['world_size']} ranks at ZeRO stage {layout['zero_stage']} in {layout['dtype']}"
 
 
 def _newest_complete(folder: Path) -> str | None:

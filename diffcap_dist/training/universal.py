@@ -1,4 +1,4 @@
-"""Universal: a checkpoint of any number of ranks at any ZeRO stage, loaded by any other number at any other stage.
+"""Universal: a checkpoint of any number of ranks at any ZeRO stage and precision, loaded by any other.
 
 In: a checkpoint folder and the engine that wants it. Rank 0 makes whole tensors of the partitions in a folder beside
 (DeepSpeed's universal format), each rank takes its pieces, the folder goes. DeepSpeed's own converter does stages 1-3

@@ -16,6 +16,7 @@ from types import TracebackType
 
 from diffcap_dist.training.distributed import Ranks
 
+STDERR = 2  # the descriptor, whatever stands in sys.stderr's place
 GRACE = 3.0  # seconds between the words and the end: all ranks get to print before a launcher ends them
 
 
@@ -45,7 +46,7 @@ class Watchdog:
     def _watch(self) -> None:
         while (left := self._since + self._limit - time.monotonic()) > 0:
             # For a main thread stuck in C with the interpreter's lock, where this one can't run: no name, but stacks.
-            faulthandler.dump_traceback_later(left + 2 * GRACE, exit=True)
+            faulthandler.dump_traceback_later(left + 2 * GRACE, exit=True, file=STDERR)
             if self._over.wait(left):
                 faulthandler.cancel_dump_traceback_later()
                 return
@@ -53,9 +54,9 @@ class Watchdog:
             f"rank {self._ranks.rank} of {self._ranks.world_size} made no step for {self._limit:g} s after step "
             f"{self._step} (training.stall_seconds), and ends. The stacks of its threads follow; a rank whose stack is "
             "in a collective waits for another one:",
-            file=sys.stderr,
+            file=sys.__stderr__,
             flush=True,
         )
-        faulthandler.dump_traceback(all_threads=True)
+        faulthandler.dump_traceback(STDERR, all_threads=True)
         time.sleep(GRACE)
         os._exit(1)
