@@ -13,9 +13,9 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 
@@ -46,8 +46,7 @@ def _purpose_key(purpose: str) -> int:
     return int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "big")
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where the sample of a position lies: ``sample`` counts inside ``shard``; ``epoch``, its dataset's, says how often
     it was visited before."""
 
@@ -85,6 +84,7 @@ class SampleOrder:
         for span in self._span_of_slot[:longer]:
             self._span_length[span] += 1
         self._span_start = [0, *accumulate(self._span_length)]
+        self._last_windows = [(0, 0, 0)] * canonical_spans  # of each slot: mostly the next element is in it too
         # Kept per instance (an lru_cache on a method would keep every instance alive).
         self._line = lru_cache(maxsize=2)(self._make_line)
         self._window = lru_cache(maxsize=2 * canonical_spans)(self._make_window)
@@ -95,7 +95,9 @@ class SampleOrder:
             raise ValueError(f"position {position} is negative")
         epoch, q = divmod(position, self.num_samples)
         element, slot = divmod(q, self.canonical_spans)
-        window, start, end = self.window_at(slot, element)
+        window, start, end = self._last_windows[slot]
+        if not start <= element < end:
+            self._last_windows[slot] = window, start, end = self.window_at(slot, element)
         on_line = self._span_start[self._span_of_slot[slot]] + start
         on_line += self._window(epoch, slot, window, end - start).item(element - start)
         shard_order, ends = self._line(epoch)

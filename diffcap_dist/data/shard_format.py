@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
+import orjson
 from isal.isal_zlib import crc32  # zlib's, at 20 times its speed: that takes longer than reading a photo from memory
 
 INDEX_FILE = "index.json"
@@ -298,9 +299,18 @@ def references_of(record: dict[str, Any]) -> list[str]:
 def is_our_record(content: Any) -> TypeGuard[dict[str, Any]]:
     return (
         isinstance(content, dict)
-        and content.keys() >= {"photo_id", "captions", "split"}
-        and isinstance(content["captions"], list)
+        and isinstance(content.get("captions"), list)
+        and "photo_id" in content
+        and "split" in content
     )
+
+
+def _parsed(data: bytes) -> Any:
+    """JSON, a quarter of the time that json takes; which reads what orjson doesn't (NaN), or says what is wrong."""
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return json.loads(data)
 
 
 class Shard:
@@ -338,7 +348,7 @@ class Shard:
         content: Any = None
         data = self._read(sample, self._json_column)
         try:
-            if data is not None and is_our_record(content := json.loads(data)):
+            if data is not None and is_our_record(content := _parsed(data)):
                 return content
             record = foreign_record(content, self._read(sample, self._text_column), self.key(sample), self.split)
         except UnicodeDecodeError as error:
