@@ -255,11 +255,16 @@ def status(words: Sequence[str]) -> int:
     last = max((r["step"] for r in run.read_metrics() if r.get("kind") == "training"), default=0)
     print(f"{run.root}: step {last} of {steps}, saved at {saved_step(run)}" + (" (finished)" * is_finished(run)))
     for job in scheduler.submitted_jobs(run):
-        ends = [r for r in read_records(run) if r["event"] == "end" and r["job"] == job.job]
-        starts = sum(r["event"] == "start" and r["job"] == job.job for r in read_records(run))
+        now, records = scheduler.state(job, run), [r for r in read_records(run) if r.get("job") == job.job]
+        starts = sum(r["event"] == "start" for r in records)
         told = f"; {starts} starts" if starts > 1 else ""
-        told += f"; last: {ends[-1]['how']}" if ends else ""
-        print(f"  {job.kind:<9} {job.cluster} {job.job}: {scheduler.state(job, run)}{told}")
+        if records[-1]["event"] == "end":
+            told += f"; last: {records[-1]['how']}"
+        elif records[-1]["event"] == "start" and not scheduler.is_live(now):
+            told += (
+                f"; ended without a word (its batch script was killed?): {SELF} resubmit {shlex.quote(str(run.root))}"
+            )
+        print(f"  {job.kind:<9} {job.cluster} {job.job}: {now}{told}")
     scores = json.loads(run.scores.read_text()) if run.scores.is_file() else {}
     if "bleu_4" in scores:
         print(f"  scores    BLEU-4 {scores['bleu_4']:.4f} on {scores['photos']} photos ({run.scores})")

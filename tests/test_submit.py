@@ -152,8 +152,9 @@ def test_two_jobs_are_handed_in(
     program(
         programs, "squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
     )  # gone from the queue, and no sacct to ask
+    add_record(run, {"event": "start", "kind": "train", "job": "100", "restarts": 0, "step": 0})
     assert submit.main(["status", str(run.root)]) == 0
-    assert "train     slurm 100: not in the queue" in capsys.readouterr().out
+    assert "train     slurm 100: not in the queue; ended without a word" in capsys.readouterr().out
     assert submit.main(["resubmit", str(run.root)]) == 0
     assert [r["job"] for r in read_records(run) if r["event"] == "submit"] == ["100", "101", "102", "103"]
 
@@ -408,7 +409,7 @@ def test_two_ranks_here_run_what_was_submitted(spaced_config: Path, tmp_path: Pa
     followed = run_submit(ROOT / "launch" / "submit.py", "logs", str(run.root), "--follow")
     assert followed.returncode == 0 and "trained to step 20" in followed.stdout, followed.stdout + followed.stderr
     assert json.loads(run.scores.read_text())["world_size"] == 2
-    again = run_submit(file, *words, "--follow")
+    again = run_submit(file, "--cluster", "local", str(spaced_config), "--follow")
     assert again.returncode == 1 and "first to fail: rank" in again.stdout, again.stdout + again.stderr
     assert "ValueError: broken after the submission" in again.stdout
     assert [p.name for p in sorted(run.snapshots.iterdir())] == ["1", "2"]
