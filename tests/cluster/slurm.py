@@ -324,7 +324,8 @@ def change_hosts(change: Callable[[str], str]) -> None:
 def remove_orphans() -> None:
     """Clusters of test sessions that were killed before they could stop them."""
     for folder in Path(tempfile.gettempdir()).glob(f"{SESSION_PREFIX}*"):
-        if not Path(f"/proc/{folder.name.removeprefix(SESSION_PREFIX)}").exists():
+        stat = Path("/proc") / folder.name.removeprefix(SESSION_PREFIX) / "stat"
+        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":  # dead, and not waited for
             Cluster(folder).stop()
 
 
