@@ -15,8 +15,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(RUN)/diffcap demo
 
+# Three at once: launches and SLURM mostly wait. tests/conftest.py keeps what shares a fixture together.
 test: install
-	$(RUN)/pytest -m 'slow or not slow'
+	$(RUN)/pytest -m 'slow or not slow' -n 3 --dist loadgroup
 
 fast: install
 	$(RUN)/pytest

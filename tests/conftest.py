@@ -31,6 +31,13 @@ training: {{num_steps: 20, global_batch_size: 16, validate_every: 10, validation
 """
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For pytest-xdist: a file's tests stay in one process, and so do all that use the SLURM of the tests."""
+    for item in items:
+        group = "cluster" if "cluster" in item.path.parts else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def scene_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 + 12 + 12 scenes, with imported features that state the scene (``oracle``)."""

@@ -18,7 +18,8 @@ LAYERS = {
         "evaluation.clip_score",
     ],
     2: [
-        "training.watchdog", "data.stream", "diffusion.objective", "diffusion.sampler", "training.engine", "training.contrastive",
+        "training.watchdog", "data.stream", "diffusion.objective", "diffusion.sampler", "training.engine",
+        "training.contrastive",
         "evaluation.score_rows",
     ],
     3: ["training.universal", "evaluation.captioner"],
