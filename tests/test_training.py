@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -255,3 +257,18 @@ def test_a_signal_only_sets_the_flag() -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_one_process_needs_no_port() -> None:
+    """Many single runs start at once (a sweep): a port that was free a moment ago may be another's."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        code = (
+            "from diffcap_dist.training import distributed; ranks = distributed.init_ranks();"
+            "assert distributed.largest([3.0], ranks.device) == [3.0]; distributed.finish()"
+        )
+        environment = {**os.environ, "MASTER_PORT": str(taken.getsockname()[1]), "CUDA_VISIBLE_DEVICES": ""}
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            environment.pop(name, None)
+        subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)

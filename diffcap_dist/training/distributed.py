@@ -69,7 +69,9 @@ def init_ranks(stall_seconds: float = 0) -> Ranks:
         torch.set_num_threads(int(os.environ.get("SLURM_CPUS_PER_TASK", share)) if of_slurm else share)
     timeout = max(COLLECTIVE_TIMEOUT, timedelta(seconds=2 * stall_seconds))
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
+        # One process meets nobody: a free port that two runs find at once is then taken by neither.
+        alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world_size == 1 else {}
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, **alone)
     return Ranks(int(os.environ["RANK"]), local_rank, world_size, device)
 
 
