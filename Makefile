@@ -20,7 +20,7 @@ test: install
 	$(RUN)/pytest -m 'slow or not slow' -n 3 --dist loadgroup
 
 fast: install
-	$(RUN)/pytest
+	$(RUN)/pytest -n 3 --dist loadgroup
 
 lint: install
 	$(RUN)/ruff check .
