@@ -68,7 +68,8 @@ def test_a_sweep_of_four_cells(slurm: Cluster, scene_shards: Path, tmp_path: Pat
     said = done.stdout.splitlines()
     assert [" ".join(line.split()[:3]) for line in said[-5:-1]] == [f"{cell} done BLEU-4" for cell in cells]
     array = next(line.split()[-1] for line in said if line.startswith("job array"))
-    slurm.wait_for_job(f"{array}_3", "COMPLETED")
+    for number in range(4):  # the scores are on disk a little before SLURM has the end of the task in its books
+        slurm.wait_for_job(f"{array}_{number}", "COMPLETED")
     rows_of_jobs = slurm.sacct(array, "JobID,State,Start,End")
     tasks = [row for row in rows_of_jobs if "." not in row["JobID"]]
     assert [task["JobID"] for task in tasks] == [f"{array}_{number}" for number in range(4)]
