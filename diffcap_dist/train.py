@@ -326,6 +326,7 @@ class Trainer:
             disable=not self.ranks.is_first,
             unit="step",
             dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 30,  # a log keeps every state of it
         )
 
     def _say_everything(self) -> None:
