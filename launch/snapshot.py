@@ -1,16 +1,18 @@
 """The snapshot: what a job runs, kept in the run directory, so that editing the checkout changes nothing.
 
 In: the checkout and the resolved config. Out: ``RUN/snapshots/N/`` with ``code/`` (what git tracks of the packages, and
-new files that it doesn't ignore), ``config.yaml``, ``git.txt`` and ``git.diff``, ``requirements.txt`` (all installed
-packages, as pip freeze). A snapshot never changes: a queued job may be waiting for it.
+new files that it doesn't ignore), ``config.yaml``, ``git.txt`` and ``git.diff``, ``requirements.txt`` (as pip freeze).
+A snapshot never changes: a queued job may be waiting for it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import shutil
 import subprocess
+import urllib.request
 from pathlib import Path
 
 from diffcap_dist.config import Config, save_config
@@ -67,8 +69,26 @@ def _files(root: Path) -> list[str]:
 
 
 def _installed() -> list[str]:
-    found = {(d.metadata["Name"], d.version) for d in importlib.metadata.distributions() if d.metadata["Name"]}
-    return sorted((f"{name}=={version}" for name, version in found), key=str.lower)
+    """The lines of `pip freeze --all`, where there is no pip too. A checkout that is installed as editable is its path:
+    its commit is in git.txt."""
+    found: dict[str, str] = {}
+    for one in importlib.metadata.distributions():
+        name, line = one.metadata["Name"], _pinned(one)
+        if name and (name not in found or "==" not in line):  # a checkout's egg-info lies beside its installation
+            found[name] = line
+    return sorted(found.values(), key=str.lower)
+
+
+def _pinned(package: importlib.metadata.Distribution) -> str:
+    """Its version, or where it came from (PEP 610)."""
+    name, source = package.metadata["Name"], json.loads(package.read_text("direct_url.json") or "{}")
+    if not source:
+        return f"{name}=={package.version}"
+    url = source["url"] + (f"#subdirectory={source['subdirectory']}" if "subdirectory" in source else "")
+    if source.get("dir_info", {}).get("editable"):
+        return f"-e {urllib.request.url2pathname(url.removeprefix('file://'))}"
+    vcs = source.get("vcs_info")
+    return f"{name} @ {vcs['vcs']}+{source['url']}@{vcs['commit_id']}" if vcs else f"{name} @ {url}"
 
 
 def _digest(folder: Path) -> str:

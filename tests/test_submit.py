@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -18,9 +19,11 @@ from diffcap_dist.config import load_config
 from diffcap_dist.run_dir import RunDir
 from diffcap_dist.training.distributed import slurm_rank_variables
 from launch import job, preflight, snapshot, submit
+from launch.arguments import slurm_option
 from launch.job import culprit
 from launch.records import add_record, read_records
 from launch.sbatch import Resources, limit_seconds, warning_seconds
+from launch.scheduler import choose_cluster
 from tests.conftest import TINY_SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,6 +63,28 @@ def slurm_of_scripts(programs: Path, log: Path) -> None:
     program(programs, "sbatch", f'echo "sbatch $*" >> "{log}"; env >> "{log}.env"; {numbers}')
     program(programs, "squeue", 'echo "PENDING|Resources|0:00|"')
     program(programs, "scancel", f'echo "scancel $*" >> "{log}"')
+
+
+# ---- which cluster ----
+
+
+def test_auto_is_slurm_where_there_is_a_cluster(programs: Path) -> None:
+    """Not where its programs only lie about; but a cluster that doesn't answer is one."""
+    assert choose_cluster("auto") == "local"
+    program(programs, "sbatch", "")
+    program(programs, "scontrol", "echo 'scontrol: fatal: Could not establish a configuration source' >&2; exit 1")
+    assert choose_cluster("auto") == "local" and choose_cluster("slurm") == "slurm"
+    program(programs, "scontrol", "echo 'Slurmctld(primary) at n0 is DOWN'; exit 1")
+    assert choose_cluster("auto") == "slurm" and choose_cluster("local") == "local"
+
+
+@pytest.mark.parametrize("text", ["mail-type=END", "--mail_type=END", "exclusive", "=x"])
+def test_an_option_of_sbatch(text: str) -> None:
+    if text == "=x":
+        with pytest.raises(argparse.ArgumentTypeError, match="expected KEY or KEY=VALUE"):
+            slurm_option(text)
+    else:
+        assert slurm_option(text) == (("exclusive", "") if text == "exclusive" else ("mail-type", "END"))
 
 
 # ---- what it hands in ----
@@ -325,7 +350,10 @@ def test_a_snapshot_is_the_checkout_at_that_moment(tmp_path: Path, tiny_config: 
     assert sorted(p.name for p in (first / "code").rglob("*.*")) == ["a.py", "new.py"]
     assert "-1\n+2" in (first / "git.diff").read_text()
     assert "and changes in 2 files" in (first / "git.txt").read_text()
-    assert any(line.startswith("torch==") for line in (first / "requirements.txt").read_text().splitlines())
+    freeze = [sys.executable, "-m", "pip", "freeze", "--all", "--disable-pip-version-check"]
+    frozen = subprocess.run(freeze, capture_output=True, text=True, check=True).stdout.splitlines()
+    installed = (first / "requirements.txt").read_text().splitlines()
+    assert {line for line in frozen if not line.startswith(("#", "-e"))} == {x for x in installed if x[:2] != "-e"}
     assert load_config(first / "config.yaml") == config
     (first / "train.sbatch").write_text("x")
     assert snapshot.take(root, config, tmp_path / "snapshots") == first

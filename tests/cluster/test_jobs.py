@@ -34,7 +34,8 @@ def rank_and_sum() -> tuple[str, int, int, float]:
 
 def test_ranks_of_two_nodes_meet(slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
-    monkeypatch.delenv("RANK", raising=False)  # of tests that joined a process group before this one
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)  # of tests that joined a process group before this one
     executor = submitit.AutoExecutor(tmp_path)
     assert executor.cluster == "slurm"
     executor.update_parameters(nodes=2, tasks_per_node=1, cpus_per_task=1, timeout_min=5)
@@ -48,6 +49,7 @@ def test_ranks_of_two_nodes_meet(slurm: Cluster, tmp_path: Path, monkeypatch: py
 def test_a_job_array_makes_the_dataset_of_one_process(slurm: Cluster, tmp_path: Path) -> None:
     assert main([*SCENES, "--out", str(tmp_path / "one")]) == 0
     options = ["--tasks", "4", "--cluster", "slurm", "--cpus-per-task", "1", "--logs", str(tmp_path / "logs")]
+    options += ["--slurm", "nice=5", "--slurm", "no-kill"]  # submitit knows neither
     command = [sys.executable, str(ARRAY), *options, "--", *SCENES, "--out", str(tmp_path / "many")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
