@@ -55,8 +55,14 @@ class Submitted:
 
 
 def choose_cluster(asked: str) -> str:
-    """``auto`` is SLURM where there is srun, as submitit has it."""
-    return submitit.AutoExecutor.which() if asked == "auto" else asked
+    """``auto`` is SLURM where there is one. Its programs alone are none: on many machines they are installed and know
+    of no cluster. One that doesn't answer now is one all the same: nothing is then started on a login node."""
+    if asked != "auto":
+        return asked
+    if shutil.which("sbatch") is None:
+        return "local"
+    _, error = _ask("scontrol", "show", "hostnames", "n1")  # asks its configuration and no daemon
+    return "local" if "configuration source" in error else "slurm"
 
 
 # ---- SLURM ----

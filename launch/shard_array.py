@@ -15,16 +15,21 @@ from pathlib import Path
 
 import submitit
 
+ROOT = Path(__file__).resolve().parents[1]
+if sys.path[0] != str(ROOT):  # as a script: this checkout, whatever else is installed
+    sys.path.insert(0, str(ROOT))
+
+from launch.arguments import add_array_arguments, at_least, slurm_array  # noqa: E402
+from launch.scheduler import choose_cluster  # noqa: E402
+
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    executor = submitit.AutoExecutor(
-        folder=arguments.logs, cluster=None if arguments.cluster == "auto" else arguments.cluster
-    )
-    options = {f"slurm_{key}": value for key, value in arguments.slurm}
-    executor.update_parameters(name="make-shards", timeout_min=arguments.time, **options)
-    if executor.cluster == "slurm":
-        executor.update_parameters(cpus_per_task=arguments.cpus_per_task, slurm_array_parallelism=arguments.tasks)
+    if choose_cluster(arguments.cluster) == "slurm":
+        executor = slurm_array(arguments, "make-shards", arguments.logs, arguments.tasks)
+    else:
+        executor = submitit.AutoExecutor(folder=arguments.logs, cluster="local")
+        executor.update_parameters(timeout_min=arguments.time)
     parts = range(arguments.tasks)
     with executor.batch():
         jobs = [executor.submit(run_part, arguments.words, part, arguments.tasks) for part in parts]
@@ -61,27 +66,11 @@ def _succeeded(part: int, job: submitit.Job[None]) -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", type=_count, required=True, metavar="N")
-    parser.add_argument("--cluster", choices=("auto", "slurm", "local"), default="auto")
-    parser.add_argument("--time", type=int, default=240, metavar="MINUTES", help="of each task (default 240)")
-    parser.add_argument("--cpus-per-task", type=int, default=8, metavar="N", help="on SLURM (default 8)")
-    parser.add_argument("--slurm", type=_option, action="append", default=[], metavar="KEY=VALUE", help="for sbatch")
+    parser.add_argument("--tasks", type=at_least(1), required=True, metavar="N")
+    add_array_arguments(parser, "task", 240)
     parser.add_argument("--logs", type=Path, default=Path("logs/make-shards"), metavar="DIR")
     parser.add_argument("words", nargs="+", metavar="-- COMMAND ...", help="of make-shards")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of tasks, 1 or more")
-    return int(text)
-
-
-def _option(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected KEY=VALUE, e.g. partition=cpu")
-    return key.replace("-", "_"), value
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from diffcap_dist.config import Config, ConfigError, differences, load_config  #
 from diffcap_dist.data.shard_store import ShardStore  # noqa: E402
 from diffcap_dist.run_dir import FREE_TO_CHANGE, RunDir  # noqa: E402
 from launch import scheduler, snapshot  # noqa: E402
+from launch.arguments import add_slurm_option, at_least  # noqa: E402
 from launch.following import follow, read_log  # noqa: E402
 from launch.job import SELF, free_port, is_finished, saved_step  # noqa: E402
 from launch.local_rank import LocalRank  # noqa: E402
@@ -352,18 +353,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="e.g. training.num_steps=100")
     parser.add_argument("--site", metavar="NAME", help="defaults from configs/launch/NAME.yaml, or a file")
     parser.add_argument("--cluster", choices=("auto", "slurm", "local", "debug"), default="auto")
-    counts = {"nodes": "default 1", "gpus-per-node": "default 0", "cpus-per-task": "of each rank"}
-    counts["ranks-per-node"] = "default: one a GPU"
+    parser.add_argument("--nodes", type=at_least(1), metavar="N", help="default 1")
+    counts = {"gpus-per-node": "default 0", "cpus-per-task": "of each rank", "ranks-per-node": "default: one a GPU"}
     counts["warning"] = "seconds before the time limit in which a checkpoint has to fit (default 120)"
     for name, text in counts.items():
-        parser.add_argument(f"--{name}", type=_count, metavar="N", help=text)
+        parser.add_argument(f"--{name}", type=at_least(0), metavar="N", help=text)
     parser.add_argument("--mem", metavar="SIZE", help="of a node, e.g. 64G")
     parser.add_argument("--time", metavar="LIMIT", help="minutes, H:MM:SS, D-HH; the run goes on in the next start")
     for name in ("partition", "account", "qos", "constraint", "exclude", "reservation", "comment"):
         parser.add_argument(f"--{name}", metavar="TEXT")
     parser.add_argument("--name", metavar="TEXT", help="of the job (default: diffcap-RUN)")
-    slurm = {"type": _option, "action": "append", "default": [], "metavar": "KEY=VALUE"}
-    parser.add_argument("--slurm", **slurm, help="any other option of sbatch: exclusive, gres=gpu:a100:8")  # type: ignore
+    add_slurm_option(parser, "any other option of sbatch: exclusive, gres=gpu:a100:8")
     parser.add_argument(
         "--evaluate-after",
         action=argparse.BooleanOptionalAction,
@@ -374,19 +374,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--preflight", action="store_true", help="only examine the nodes, in a minute")
     parser.add_argument("--follow", action="store_true", help="show rank 0's log until the end; Ctrl-C leaves the job")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number")
-    return int(text)
-
-
-def _option(text: str) -> tuple[str, str]:
-    key, _, value = text.partition("=")
-    if not key.strip("-"):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected KEY or KEY=VALUE, e.g. gres=gpu:2")
-    return key.strip("-").replace("_", "-"), value
 
 
 if __name__ == "__main__":

@@ -26,9 +26,23 @@ from pathlib import Path
 
 import submitit
 
-from diffcap_dist.config import Config, ConfigError, differences
-from diffcap_dist.run_dir import RunDir
-from diffcap_dist.sweep_dir import Overlay, Row, SweepDir, cell_config, error_file, load_overlay, load_table
+ROOT = Path(__file__).resolve().parents[1]
+if sys.path[0] != str(ROOT):  # as a script: this checkout, whatever else is installed
+    sys.path.insert(0, str(ROOT))
+
+from diffcap_dist.config import Config, ConfigError, differences  # noqa: E402
+from diffcap_dist.run_dir import RunDir  # noqa: E402
+from diffcap_dist.sweep_dir import (  # noqa: E402
+    Overlay,
+    Row,
+    SweepDir,
+    cell_config,
+    error_file,
+    load_overlay,
+    load_table,
+)
+from launch.arguments import add_array_arguments, at_least, slurm_array  # noqa: E402
+from launch.scheduler import choose_cluster  # noqa: E402
 
 POLL_SECONDS = 1.0
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
@@ -226,17 +240,11 @@ class SlurmJobs(Jobs):
 
 
 def _start_jobs(args: argparse.Namespace, sweep: SweepDir, todo: Sequence[Cell], overlay: Overlay) -> Jobs:
-    kind = submitit.AutoExecutor.which() if args.cluster == "auto" else args.cluster
-    if kind != "slurm":
+    if choose_cluster(args.cluster) != "slurm":
         local = submitit.LocalExecutor(folder=sweep.logs)
         local.update_parameters(timeout_min=args.time)
         return LocalJobs(todo, local, overlay.evaluate, args.max_parallel or 1)
-    executor = submitit.AutoExecutor(folder=sweep.logs, cluster="slurm")
-    options = {f"slurm_{key}": value for key, value in args.slurm}
-    at_once = {"slurm_array_parallelism": args.max_parallel or len(todo)}
-    executor.update_parameters(
-        name="sweep", timeout_min=args.time, cpus_per_task=args.cpus_per_task, **at_once, **options
-    )
+    executor = slurm_array(args, "sweep", sweep.logs, args.max_parallel or len(todo))
     return SlurmJobs(todo, executor, overlay.evaluate, args.cpus_per_task)
 
 
@@ -308,18 +316,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--over", type=Path, metavar="OVERLAY.yaml", help="e.g. configs/paper/scenes.yaml")
     parser.add_argument("--seeds", type=_seeds, metavar="0,1", help="instead of the table's")
-    parser.add_argument("--max-parallel", type=_count, metavar="N", help="cells at once (default: 1; on SLURM all)")
-    parser.add_argument("--cluster", choices=("auto", "slurm", "local"), default="auto")
-    parser.add_argument("--time", type=int, default=1440, metavar="MINUTES", help="of each cell (default 1440)")
-    parser.add_argument("--cpus-per-task", type=_count, default=8, metavar="N", help="on SLURM (default 8)")
     parser.add_argument(
-        "--slurm",
-        type=_option,
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="for sbatch, e.g. gpus_per_node=1",
+        "--max-parallel", type=at_least(1), metavar="N", help="cells at once (default: 1; on SLURM all)"
     )
+    add_array_arguments(parser, "cell", 1440)
     return parser
 
 
@@ -328,19 +328,6 @@ def _seeds(text: str) -> list[int]:
     if not all(part.isdecimal() for part in seeds) or len(set(seeds)) < len(seeds):
         raise argparse.ArgumentTypeError(f"{text!r}: expected different seeds, e.g. 0,1,2")
     return [int(part) for part in seeds]
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected 1 or more")
-    return int(text)
-
-
-def _option(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected KEY=VALUE, e.g. partition=gpu")
-    return key.replace("-", "_"), value
 
 
 if __name__ == "__main__":

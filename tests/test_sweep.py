@@ -198,7 +198,7 @@ def test_states_of_cells(table: Path) -> None:
     assert "failed   NonFiniteLoss" in sweep.state_table(states)
 
 
-@pytest.mark.parametrize("words", [["--seeds", "0,0"], ["--seeds", "x"], ["--max-parallel", "0"], ["--slurm", "part"]])
+@pytest.mark.parametrize("words", [["--seeds", "0,0"], ["--seeds", "x"], ["--max-parallel", "0"], ["--slurm", "=x"]])
 def test_wrong_words_are_refused(table: Path, words: list[str]) -> None:
     with pytest.raises(SystemExit):
         sweep.main([str(table), "--out", str(table.parent), *words])
