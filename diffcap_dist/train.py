@@ -17,6 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from diffcap_dist.training.preemption import FROM_SCHEDULERS, StopFlag
+
+if __name__ == "__main__":  # a launcher's rank: a signal in the seconds that torch takes to import would kill it
+    EARLY_STOP = StopFlag().install(FROM_SCHEDULERS)
+
 import torch
 from tqdm import tqdm
 
@@ -43,7 +48,6 @@ from diffcap_dist.training.engine import (
     split_batch,
 )
 from diffcap_dist.training.learning_rate import learning_rate
-from diffcap_dist.training.preemption import StopFlag
 from diffcap_dist.training.watchdog import Watchdog
 
 log = logging.getLogger("diffcap")
@@ -57,18 +61,20 @@ class NonFiniteLoss(RuntimeError):
     """The loss is NaN or infinite; the last good checkpoint is kept."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, stop: StopFlag | None = None) -> int:
     parser = argparse.ArgumentParser(prog="diffcap train", description=__doc__)
     parser.add_argument("config", type=Path, help="a YAML of settings, e.g. configs/demo.yaml")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="e.g. training.num_steps=100")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; LOCAL_RANK says it
     args = parser.parse_intermixed_args(argv)
+    # A scheduler's signal ends the run at its first step, saved. Ctrl-C ends it at once as long as there is no loop.
+    stop = stop or StopFlag().install(FROM_SCHEDULERS)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     config = load_config(args.config, args.settings)
     ranks = distributed.init_ranks(config.training.stall_seconds)
     try:
         with distributed.naming_lost_ranks(ranks):
-            Trainer(config, ranks).train()
+            Trainer(config, ranks, stop).train()
     finally:
         distributed.finish()
     return 0
@@ -89,7 +95,7 @@ class Data:
 class Trainer:
     """One run: built once, then ``train()``. Every step of the road is a method; the loop reads as an outline."""
 
-    def __init__(self, config: Config, ranks: Ranks) -> None:
+    def __init__(self, config: Config, ranks: Ranks, stop: StopFlag | None = None) -> None:
         self.config, self.ranks = config, ranks
         self.run_dir = RunDir(config.run_dir)
         if ranks.is_first:
@@ -133,7 +139,7 @@ class Trainer:
             config.seed,
         )
         self.captioner = Captioner(denoiser, config, self.data.tokenizer)
-        self.stop = StopFlag().install()
+        self.stop = (stop or StopFlag()).install()
         self.metrics = Metrics(self.run_dir, ranks)
         self.step_keys: list[str] = []  # of this rank's samples of the step
 
@@ -459,4 +465,4 @@ def build_tokenizer(config: Config, reader: ShardReader, run_dir: RunDir, ranks:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(stop=EARLY_STOP))

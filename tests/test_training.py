@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from diffcap_dist.training.ema import EMA
 from diffcap_dist.training.engine import BatchSplit, choose_precision, deepspeed_config, split_batch
 from diffcap_dist.training.learning_rate import learning_rate
 from diffcap_dist.training.preemption import StopFlag
+from tests.conftest import rank_environment
 
 # ---- the batch ----
 
@@ -257,6 +259,28 @@ def test_a_signal_only_sets_the_flag() -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_model_is_built(tiny_config: Path, tmp_path: Path) -> None:
+    """While torch is imported: the run ends at its first step, saved, and not by the signal."""
+    command = [sys.executable, "-m", "diffcap_dist.train", str(tiny_config)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=rank_environment()) as process:
+        status, deadline = Path(f"/proc/{process.pid}/status"), time.monotonic() + 60
+        while not caught(status.read_text(), signal.SIGUSR2):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(signal.SIGUSR2)
+        assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 0 and "stopped by SIGUSR2 at step 1, saved" in said, said
+    assert [p.name for p in checkpoint.complete_checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000001"]
+
+
+def caught(status: str, number: signal.Signals) -> bool:
+    """By /proc/PID/status: whether the process has a handler for it."""
+    mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 def test_one_process_needs_no_port() -> None:

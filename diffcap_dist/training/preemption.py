@@ -7,9 +7,11 @@ in the main process only: loader workers take the default handlers back (``reset
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+FROM_SCHEDULERS = (signal.SIGTERM, signal.SIGUSR2)
+SIGNALS = (*FROM_SCHEDULERS, signal.SIGINT)
 
 
 class StopFlag:
@@ -18,8 +20,8 @@ class StopFlag:
     def __init__(self) -> None:
         self.requested: str | None = None
 
-    def install(self) -> StopFlag:
-        for number in SIGNALS:
+    def install(self, signals: Sequence[signal.Signals] = SIGNALS) -> StopFlag:
+        for number in signals:
             signal.signal(number, self._set)
         return self
 
@@ -31,6 +33,6 @@ class StopFlag:
 
 def reset_in_worker(worker_id: int) -> None:
     """``worker_init_fn``: a forked worker inherits the handlers, and would then ignore SIGTERM for ever."""
-    for number in (signal.SIGTERM, signal.SIGUSR2):
+    for number in FROM_SCHEDULERS:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
