@@ -162,6 +162,7 @@ class TrainingConfig:
     validate_every: int = 500
     validation_images: int = 256  # photos per validation (loss, and BLEU of their captions)
     save_every: int = 1000
+    evaluate_every: int = 0  # the captioner of every so many steps is left in evaluations/ to be scored; 0 = none
     keep_last: int = 2
     export: Literal["best", "last"] = "best"  # the captioner that is best on validation, or the last one
     stall_seconds: float = 1800.0  # a step (its validation and checkpoint too) may take this long; 0 = for ever
@@ -248,6 +249,10 @@ def _conflicts(config: Config) -> list[str]:
             config.sampler.num_inference_steps < 1
         ),
         f"training.stall_seconds={training.stall_seconds}; at least 0": training.stall_seconds < 0,
+        f"training.evaluate_every={training.evaluate_every} is no multiple of "
+        f"training.save_every={training.save_every}: a step is evaluated as it is saved": (
+            training.evaluate_every < 0 or training.evaluate_every % training.save_every != 0
+        ),
         f"training.ema_decay={training.ema_decay}; it lies in [0, 1)": not 0 <= training.ema_decay < 1,
         "diffusion.text_guidance > 0 and model.text_token=true go together": (
             (config.diffusion.text_guidance > 0) != config.model.text_token

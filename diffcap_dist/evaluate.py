@@ -4,7 +4,8 @@ In: a run directory with an exported captioner, and its shards. Out: ``predictio
 ``predictions/emergence.json`` and ``scores.json`` with the floor and human rows, and CLIPScores where the run's CLIP
 can be had. The photos are partitioned exactly, so the scores are the same for any number of ranks:
 `deepspeed --module diffcap_dist.evaluate RUN` shares the work. ``--protocol seed`` adds the published code's private
-score to ``scores.json`` and changes nothing else there.
+score to ``scores.json`` and changes nothing else there. ``--steps`` scores what ``training.evaluate_every`` left in
+``evaluations/``, each step in a folder of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import logging
 import math
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,6 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--protocol", choices=("ours", "seed"), default="ours", help="seed: the published code's score (default: ours)"
     )
+    parser.add_argument(
+        "--steps",
+        action="store_true",
+        help="score the captioners in RUN/evaluations, oldest first; their weights go then",
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="photos at a time on one rank")
     parser.add_argument("--retrieval", action="store_true", help="also score retrieval from the training features")
     parser.add_argument(
@@ -74,20 +81,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     if args.protocol == "seed" and args.retrieval:
         parser.error("--retrieval belongs to our protocol: leave out --protocol seed")
+    if args.protocol == "seed" and args.steps:
+        parser.error("--steps belongs to our protocol: leave out --protocol seed")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     ranks = distributed.init_ranks()
     try:
         if args.protocol == "seed":
             return _print_seed(RunDir(args.run), evaluate_as_seed(args, ranks))
-        scores = evaluate(
-            RunDir(args.run), args.split, args.settings, args.batch_size, args.retrieval, not args.no_clip_score, ranks
-        )
+        if args.steps:
+            return evaluate_steps(args, ranks)
+        scores = _evaluate(RunDir(args.run), args, ranks)
     finally:
         distributed.finish()
     if scores is not None:
         print(score_table(scores))
         print(f"scores in {RunDir(args.run).scores}")
     return 0
+
+
+def _evaluate(run_dir: RunDir, args: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | None:
+    clip_score = not args.no_clip_score
+    return evaluate(run_dir, args.split, args.settings, args.batch_size, args.retrieval, clip_score, ranks)
+
+
+def evaluate_steps(args: argparse.Namespace, ranks: Ranks) -> int:
+    """What waits in RUN/evaluations, also what comes to wait meanwhile, until nothing does. All ranks enter."""
+    run_dir = RunDir(args.run)
+    run_dir.load_config()
+    while step := distributed.from_first(_oldest_waiting(run_dir) if ranks.is_first else None):
+        here = RunDir(step)
+        scores = _evaluate(here, args, ranks)
+        if scores is not None:  # on rank 0, when all ranks have read the weights
+            shutil.rmtree(here.export)
+            print(f"step {scores['step']}: BLEU-4 {scores['bleu_4']:.4f} ({here.scores})", flush=True)
+    return 0
+
+
+def _oldest_waiting(run_dir: RunDir) -> str | None:
+    return next((str(step.root) for step in run_dir.waiting_evaluations()), None)
 
 
 def evaluate_as_seed(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | None:

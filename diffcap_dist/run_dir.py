@@ -21,6 +21,7 @@ FREE_TO_CHANGE = frozenset(
     | {f"sampler.{k}" for k in ("candidates", "remove_repeats", "seed")}
     | {f"training.{k}" for k in ("num_steps", "micro_batch_size", "zero_stage", "precision", "log_every")}
     | {f"training.{k}" for k in ("validate_every", "validation_images", "save_every", "keep_last", "stall_seconds")}
+    | {"training.evaluate_every"}
 )
 
 
@@ -37,6 +38,7 @@ class RunDir:
         self.export = self.root / "export"
         self.predictions = self.root / "predictions"
         self.scores = self.root / "scores.json"
+        self.evaluations = self.root / "evaluations"
         self.report = self.root / "report.html"
         self.logs = self.root / "logs"
         self.jobs = self.root / "jobs.jsonl"
@@ -56,6 +58,15 @@ class RunDir:
                     "Choose another run_dir, or give back the old values to continue it."
                 )
         save_config(config, self.config)
+
+    def evaluation(self, step: int) -> RunDir:
+        """Of one step on the way: a small run directory, its captioner there until it is scored."""
+        return RunDir(self.evaluations / f"step_{step:08d}")
+
+    def waiting_evaluations(self) -> list[RunDir]:
+        """Steps whose captioner is complete and waits to be scored, oldest first."""
+        found = self.evaluations.glob("step_*/export/model.safetensors")  # the last file of an export
+        return [RunDir(file.parents[1]) for file in sorted(found)]
 
     def load_config(self) -> Config:
         """The config of the run here. Raises ConfigError when there is none."""

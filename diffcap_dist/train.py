@@ -303,24 +303,39 @@ class Trainer:
                 self.state.best_step = self.state.step
                 weights = full_state(self.engine.module.denoiser)
                 if self.ranks.is_first:
-                    self._export(weights, scores)
+                    self._export(self.run_dir.export, weights, scores)
         self.metrics.validation(self.state, scores, bar)
         self._stop_early(scores["val_loss"])
 
-    def _export(self, weights: dict[str, torch.Tensor], scores: dict[str, float]) -> None:
+    def _export(self, folder: Path, weights: dict[str, torch.Tensor], scores: dict[str, float]) -> None:
         about = {
             "step": self.state.step,
             "validation": scores,
             "feature_widths": self.data.feature_widths,
             **feature_identity(self.data.train.feature_info, self.data.encoder),
         }
-        export_captioner(self.run_dir.export, weights, self.objective.denoiser, self.config, self.data.tokenizer, about)
+        export_captioner(folder, weights, self.objective.denoiser, self.config, self.data.tokenizer, about)
 
     def _save(self) -> None:
         started = time.perf_counter()
+        every = self.config.training.evaluate_every
+        if every and self.state.step % every == 0:  # before the checkpoint: after a kill in between it is done again
+            self._leave_for_evaluation()
         folder, keep = self.run_dir.checkpoints, self.config.training.keep_last
         saved = checkpoint.save(self.engine, self.ema, self.state, folder, self.ranks, keep)
         self.metrics.save(self.state, saved, time.perf_counter() - started)
+
+    def _leave_for_evaluation(self) -> None:
+        """The captioner of this step, for `diffcap evaluate --steps`: checkpoints go before a queued job may start."""
+        with self.ema.swapped():
+            weights = full_state(self.engine.module.denoiser)
+        here = self.run_dir.evaluation(self.state.step)
+        if not self.ranks.is_first:
+            return
+        # A run that continued from before this step left it already; it is scored first, then its weights go.
+        if not (here.export / "model.safetensors").exists() and not here.scores.exists():
+            here.begin(self.config)
+            self._export(here.export, weights, {})
 
     def _rate(self, step: int) -> float:
         return learning_rate(step, self.config.training.num_steps, self.config.optimizer)
