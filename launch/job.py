@@ -3,7 +3,8 @@
 ``before`` notes the start and prints a free port for the ranks to meet at. ``after`` decides: finished, failed (the
 first rank that failed is named, its traceback shown), or to be started again. A run is requeued when SLURM warned it of
 its time limit or of a preemption, or when a rank was killed, and as long as it makes progress: three starts in a row
-that saved nothing end it. Whoever cancels a job has it cancelled. No torch here: it has to be quick.
+that saved nothing end it. Whoever cancels a job has it cancelled. Where the batch script itself is killed, beside.py
+calls ``requeue_without_script``. No torch here: it has to be quick.
 
 Why not in the ranks, as submitit does: a requeue kills the step that asks for it, and submitit's ``checkpoint`` runs on
 one rank in the middle of a step. Here all ranks have saved together and ended before anybody asks.
@@ -92,10 +93,28 @@ def after(run: RunDir, kind: str, status: int, said: Path, warning: int = WARNIN
         print(describe_failure(run, kind, job, found), file=sys.stderr)
     how = _verdict(run, kind, job, status, found, state, warning)
     add_record(run, {**end, "how": how, "culprit": str(found) if found else None})
-    _say(f"{kind} of {run.root}: {how}")
+    say(f"{kind} of {run.root}: {how}")
     if not how.startswith("requeued"):
         return 0 if how.startswith("SLURM") else status or 75  # 75: EX_TEMPFAIL
-    return _requeue(job)
+    if _requeue(job):
+        time.sleep(300)  # it ends this process
+    return 75
+
+
+def requeue_without_script(run: RunDir) -> None:
+    """What ``after`` does, where the batch script was killed and can't call it; nothing where it has."""
+    job, restarts = _job()
+    if any(r["event"] == "end" and (r["job"], r["restarts"]) == (job, restarts) for r in read_records(run)):
+        return
+    step, found = saved_step(run), f"the batch script on {os.environ.get('SLURMD_NODENAME')}: Killed"
+    how = f"requeued, at step {step} or what the ranks save as they are ended: {found}"
+    if idle_starts(run, job, step) >= STARTS_WITHOUT_PROGRESS:
+        how = f"given up: {STARTS_WITHOUT_PROGRESS} starts in a row saved nothing new; {_resume(run)}"
+    end = {"event": "end", "kind": "train", "job": job, "restarts": restarts, "step": step}
+    add_record(run, {**end, "how": how, "culprit": found})
+    say(f"train of {run.root}: {how}")
+    if how.startswith("requeued"):
+        _requeue(job)
 
 
 def _verdict(
@@ -103,7 +122,7 @@ def _verdict(
 ) -> str:
     """What becomes of a job whose ranks ended before the work was done."""
     step = saved_step(run)
-    resume = f"continue with: {SELF} resubmit {shlex.quote(str(run.root))}"
+    resume = _resume(run)
     mend = "mend it and give the same submit command again (resubmit would run the same code)"
     if state.get("JobState") not in (None, "RUNNING") and state.get("Reason") != "TimeLimit":
         return f"SLURM ended it at step {step} ({state['JobState']}); unless it is requeued, {resume}"
@@ -116,6 +135,10 @@ def _verdict(
         return f"given up: {STARTS_WITHOUT_PROGRESS} starts in a row saved nothing new; {resume}"
     warned = found is None or found.how in WARNED  # by the signal itself, where it came before the first step
     return f"requeued, saved at step {step}: " + (why if warned else str(found))
+
+
+def _resume(run: RunDir) -> str:
+    return f"continue with: {SELF} resubmit {shlex.quote(str(run.root))}"
 
 
 def why_stopped(state: dict[str, str], warning: int) -> str:
@@ -197,14 +220,12 @@ def job_state(job: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
 
 
-def _requeue(job: str) -> int:
-    """Ask for another start, and wait to be ended by it. The exit status where it is refused."""
+def _requeue(job: str) -> bool:
+    """Ask for another start: of a job that runs, or that SLURM is about to end. Whether it was granted."""
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
     if done.returncode:
-        _say(f"scontrol requeue {job} was refused: {done.stderr.strip()}. Resubmit the run by hand")
-        return 75
-    time.sleep(300)
-    return 75
+        say(f"scontrol requeue {job} was refused: {done.stderr.strip()}. Resubmit the run by hand")
+    return done.returncode == 0
 
 
 def _job() -> tuple[str, int]:
@@ -223,7 +244,7 @@ def free_port() -> int:
     raise OSError(f"no free port among 100 of {PORTS.start} to {PORTS.stop}")
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     print(time.strftime("%Y-%m-%d %H:%M:%S ") + text, flush=True)
 
 

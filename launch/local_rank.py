@@ -12,11 +12,12 @@ from diffcap_dist.run_dir import RunDir
 
 @dataclass(frozen=True)
 class LocalRank:
-    """The ranks meet at one port to train and at another to evaluate."""
+    """The ranks meet at one port to train, at another to score steps on the way (nobody else is there to do it
+    meanwhile), at a third to evaluate."""
 
     run: str
     config: str
-    ports: tuple[int, int]
+    ports: tuple[int, int, int]
     evaluate_words: list[str] | None
 
     def __call__(self) -> None:
@@ -28,7 +29,11 @@ class LocalRank:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.ports[0]))
         train.main([self.config])
-        if self.evaluate_words is None or not is_finished(RunDir(self.run)):
+        if not is_finished(RunDir(self.run)):
             return
-        os.environ.update(MASTER_PORT=str(self.ports[1]))
-        evaluate.main([self.run, *self.evaluate_words])
+        if RunDir(self.run).load_config().training.evaluate_every:
+            os.environ.update(MASTER_PORT=str(self.ports[1]))
+            evaluate.main([self.run, "--steps"])
+        if self.evaluate_words is not None:
+            os.environ.update(MASTER_PORT=str(self.ports[2]))
+            evaluate.main([self.run, *self.evaluate_words])

@@ -58,6 +58,7 @@ class Job:
     python: str
     folder: Path  # relative paths in a config are relative to this
     warn: bool = False  # ask with SIGUSR2 before the time limit
+    beside: list[str] | None = None  # words of launch.beside, in a step of its own; None: without it
 
 
 def script(job: Job, resources: Resources) -> str:
@@ -84,10 +85,23 @@ def script(job: Job, resources: Resources) -> str:
         'export MASTER_ADDR="$SLURMD_NODENAME"',
         f'MASTER_PORT="$({python} -m launch.job before {job.kind} {run})" || exit 1',
         "export MASTER_PORT",
+        *([] if job.beside is None else _step_beside(job)),
         f'{_words(srun)} {python} -m {job.module} {_words(job.words)} 2> "$said"',
         f'{python} -m launch.job after {job.kind} {run} --status $? --said "$said" --warning {warning}',
     ]
     return "\n".join(lines) + "\n"
+
+
+def _step_beside(job: Job) -> list[str]:
+    """One process on this node that shares the ranks' cores and has no GPU; the variables would ask for one again."""
+    srun = ["srun", "--overlap", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--cpus-per-task=1", "--gres=none"]
+    srun += [f"--output={_pattern(job.logs / f'{job.kind}.%j.log')}", "--open-mode=append"]
+    python = [job.python, "-m", "launch.beside", str(job.run), *(job.beside or ())]
+    return [
+        "# Hands in what is to be scored on the way, and asks for a requeue where this script is killed.",
+        '(unset "${!SLURM_GPU@}" SLURM_MEM_PER_GPU SLURM_NTASKS_PER_GPU SLURM_TRES_PER_TASK',
+        f' exec {_words(srun)} --nodelist="$SLURMD_NODENAME" {_words(python)} --script $$ < /dev/null) &',
+    ]
 
 
 def sbatch_options(job: Job, resources: Resources) -> dict[str, str]:

@@ -24,6 +24,8 @@ from diffcap_dist.run_dir import RunDir
 from launch.records import add_record, read_records
 
 LIVE = frozenset({"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "UNKNOWN"})
+EVALUATE_STEPS = "evaluate-steps"  # the kind of a job that scores steps on the way
+NICE = 1_000_000  # below all else of this user, whatever weights the site gives to age and size
 POLL_SECONDS = 1.0
 LOCAL_WARNING_SECONDS = 30
 
@@ -36,7 +38,7 @@ class SubmissionError(ValueError):
 class Submitted:
     """A job that was handed in."""
 
-    kind: str  # train, evaluate, preflight
+    kind: str  # train, evaluate, evaluate-steps, preflight
     cluster: str  # slurm, local, debug
     job: str
     ranks: int
@@ -92,6 +94,11 @@ def sbatch_command(script: Path, *options: str) -> list[str]:
 def after_options(job: str) -> list[str]:
     """For a job that starts when ``job`` has ended well, and is taken away when it hasn't."""
     return [f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"]
+
+
+def low_priority_options() -> list[str]:
+    """For a job that scores steps on the way, one after the other: two would score the same."""
+    return [f"--nice={NICE}", "--dependency=singleton"]
 
 
 def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -220,6 +227,13 @@ def submitted_jobs(run: RunDir) -> list[Submitted]:
     return [
         Submitted(**{name: r[name] for name in names if name in r}) for r in read_records(run) if r["event"] == "submit"
     ]
+
+
+def current_jobs(run: RunDir) -> list[Submitted]:
+    """Those whose state is worth asking for. Of jobs that score steps, one runs and one waits at most."""
+    jobs = submitted_jobs(run)
+    old = [job for job in jobs if job.kind == EVALUATE_STEPS][:-2]
+    return [job for job in jobs if job not in old]
 
 
 def state(submitted: Submitted, run: RunDir) -> str:

@@ -38,7 +38,7 @@ from launch.job import SELF, free_port, is_finished, saved_step  # noqa: E402
 from launch.local_rank import LocalRank  # noqa: E402
 from launch.records import read_records  # noqa: E402
 from launch.sbatch import Job, Resources, limit_seconds, script, warning_seconds  # noqa: E402
-from launch.scheduler import SubmissionError, Submitted  # noqa: E402
+from launch.scheduler import EVALUATE_STEPS, SubmissionError, Submitted  # noqa: E402
 
 SITES = ROOT / "configs" / "launch"
 MONTH_MINUTES = 30 * 24 * 60
@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def submit(args: argparse.Namespace) -> int:
-    config = load_config(args.config, args.settings)
+    every = [] if args.evaluate_every is None else [f"training.evaluate_every={args.evaluate_every}"]
+    config = load_config(args.config, [*args.settings, *every])
     run = RunDir(Path(config.run_dir).absolute())
     config = dataclasses.replace(config, run_dir=str(run.root))
     resources = resources_of(args, run)
@@ -70,7 +71,7 @@ def submit(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(dry_run(args, config, run, resources, numbers))
         return 0
-    for job in scheduler.submitted_jobs(run):
+    for job in _blocking_jobs(run):
         if scheduler.is_live(now := scheduler.state(job, run)):
             raise SubmissionError(
                 f"{run.root} has a job already: {job.kind} {job.job}, {now}. "
@@ -87,7 +88,7 @@ def submit(args: argparse.Namespace) -> int:
         return run_preflight(run, taken, resources, cluster)
     if cluster != "slurm":
         return submit_local(args, run, taken, resources, cluster)
-    for name, text in scripts(run, taken, resources).items():
+    for name, text in scripts(run, taken, resources, config.training.evaluate_every).items():
         (taken / f"{name}.sbatch").write_text(text, encoding="utf-8")
     return hand_in(run, taken, resources.ranks, args.evaluate_after, args.follow)
 
@@ -114,7 +115,7 @@ def submit_local(args: argparse.Namespace, run: RunDir, taken: Path, resources: 
 def start_local(run: RunDir, taken: Path, like: Submitted, minutes: float, follow_it: bool) -> int:
     """All ranks on this machine; the evaluation follows in the same job."""
     words: list[str] | None = [] if like.evaluates else None
-    call = LocalRank(str(run.root), str(taken / "config.yaml"), (free_port(), free_port()), words)
+    call = LocalRank(str(run.root), str(taken / "config.yaml"), (free_port(), free_port(), free_port()), words)
     job = scheduler.start_local(run, like, minutes, taken / "code", call)
     say_where(run, [job])
     return follow(run, job) if follow_it and job.cluster == "local" else 0
@@ -154,12 +155,15 @@ def say_where(run: RunDir, jobs: Sequence[Submitted]) -> None:
     print(f"look       {SELF} logs {where} --follow; {SELF} status {where}", flush=True)
 
 
-def scripts(run: RunDir, taken: Path, resources: Resources) -> dict[str, str]:
+def scripts(run: RunDir, taken: Path, resources: Resources, evaluate_every: int) -> dict[str, str]:
     """The batch scripts, by the name of their file."""
-    config = taken / "config.yaml"
-    train = _job(run, taken, "train", "diffcap_dist.train", [str(config)], warn=True)
-    evaluate = _job(run, taken, "evaluate", "diffcap_dist.evaluate", [str(run.root)])
-    return {job.kind: script(job, resources) for job in (train, evaluate)}
+    train = _job(run, taken, "train", "diffcap_dist.train", [str(taken / "config.yaml")])
+    jobs = [dataclasses.replace(train, warn=True, beside=[])]
+    jobs.append(_job(run, taken, "evaluate", "diffcap_dist.evaluate", [str(run.root)]))
+    if evaluate_every:
+        jobs.append(_job(run, taken, EVALUATE_STEPS, "diffcap_dist.evaluate", [str(run.root), "--steps"]))
+        jobs[0] = dataclasses.replace(jobs[0], beside=["--evaluation", str(taken / f"{EVALUATE_STEPS}.sbatch")])
+    return {job.kind: script(job, resources) for job in jobs}
 
 
 def preflight_job(run: RunDir, taken: Path, resources: Resources) -> Job:
@@ -167,8 +171,13 @@ def preflight_job(run: RunDir, taken: Path, resources: Resources) -> Job:
     return _job(run, taken, "preflight", "launch.preflight", words)
 
 
-def _job(run: RunDir, taken: Path, kind: str, module: str, words: list[str], warn: bool = False) -> Job:
-    return Job(kind, module, words, run.root, taken / "code", run.logs, sys.executable, Path.cwd(), warn)
+def _job(run: RunDir, taken: Path, kind: str, module: str, words: list[str]) -> Job:
+    return Job(kind, module, words, run.root, taken / "code", run.logs, sys.executable, Path.cwd())
+
+
+def _blocking_jobs(run: RunDir) -> list[Submitted]:
+    """Beside which another start must not be: not jobs that score steps, which a training never writes again."""
+    return [job for job in scheduler.submitted_jobs(run) if job.kind != EVALUATE_STEPS]
 
 
 # ---- what was asked for ----
@@ -221,6 +230,8 @@ def derived_numbers(config: Config, resources: Resources) -> dict[str, str]:
         numbers["steps"] = f"{steps:,}; how many an epoch is not known here: {str(error).splitlines()[0]}"
     every = f"every {config.training.save_every} steps, and when the job is warned"
     numbers["saves"] = every + f", {resources.warning or warning_seconds(resources.time)} s before its time limit"
+    if config.training.evaluate_every:
+        numbers["scores"] = f"every {config.training.evaluate_every} steps, on the way (on this machine: at the end)"
     return numbers
 
 
@@ -230,7 +241,7 @@ def dry_run(
     """Everything that would be done, with the numbers of the next snapshot; nothing is written."""
     newest = snapshot.newest(run.snapshots)
     taken = run.snapshots / str(int(newest.name) + 1 if newest else 1)
-    parts = scripts(run, taken, resources)
+    parts = scripts(run, taken, resources, config.training.evaluate_every)
     if args.preflight:
         short = dataclasses.replace(resources, time=PREFLIGHT_TIME)
         parts = {"preflight": script(preflight_job(run, taken, short), short)}
@@ -241,8 +252,11 @@ def dry_run(
     if run.config.exists() and (changed := differences(load_config(run.config), config, FREE_TO_CHANGE)):
         lines.append(f"# REFUSED    {run.root} holds a run of another config: {'; '.join(changed)}")
     for name, text in parts.items():
-        options = scheduler.after_options("JOB_OF_train") if name == "evaluate" else []
-        command = shlex.join(scheduler.sbatch_command(taken / f"{name}.sbatch", *options))
+        options = {
+            "evaluate": scheduler.after_options("JOB_OF_train"),
+            EVALUATE_STEPS: scheduler.low_priority_options(),
+        }
+        command = shlex.join(scheduler.sbatch_command(taken / f"{name}.sbatch", *options.get(name, [])))
         lines += ["", f"# ---- {name}: {command} ----", text.rstrip()]
     return "\n".join(lines)
 
@@ -255,7 +269,7 @@ def status(words: Sequence[str]) -> int:
     steps = run.load_config().training.num_steps
     last = max((r["step"] for r in run.read_metrics() if r.get("kind") == "training"), default=0)
     print(f"{run.root}: step {last} of {steps}, saved at {saved_step(run)}" + (" (finished)" * is_finished(run)))
-    for job in scheduler.submitted_jobs(run):
+    for job in scheduler.current_jobs(run):
         now, records = scheduler.state(job, run), [r for r in read_records(run) if r.get("job") == job.job]
         starts = sum(r["event"] == "start" for r in records)
         told = f"; {starts} starts" if starts > 1 else ""
@@ -266,6 +280,11 @@ def status(words: Sequence[str]) -> int:
                 f"; ended without a word (its batch script was killed?): {SELF} resubmit {shlex.quote(str(run.root))}"
             )
         print(f"  {job.kind:<9} {job.cluster} {job.job}: {now}{told}")
+    for file in sorted(run.evaluations.glob("step_*/scores.json")):
+        scores = json.loads(file.read_text())
+        print(f"  step {scores['step']:<4} BLEU-4 {scores['bleu_4']:.4f} on {scores['photos']} photos ({file})")
+    if waiting := run.waiting_evaluations():
+        print(f"  not yet   {', '.join(step.root.name for step in waiting)}: left for {EVALUATE_STEPS} to score")
     scores = json.loads(run.scores.read_text()) if run.scores.is_file() else {}
     if "bleu_4" in scores:
         print(f"  scores    BLEU-4 {scores['bleu_4']:.4f} on {scores['photos']} photos ({run.scores})")
@@ -293,7 +312,7 @@ def logs(words: Sequence[str]) -> int:
 
 def cancel(words: Sequence[str]) -> int:
     run = _known(_verb("cancel").parse_args(words).run)
-    live = [j for j in scheduler.submitted_jobs(run) if scheduler.is_live(scheduler.state(j, run))]
+    live = [j for j in scheduler.current_jobs(run) if scheduler.is_live(scheduler.state(j, run))]
     for job in reversed(live):  # the evaluation first: it waits for the training
         scheduler.cancel(job)
         print(f"cancelled {job.kind} {job.job}")
@@ -307,7 +326,7 @@ def resubmit(words: Sequence[str]) -> int:
     parser.add_argument("--follow", action="store_true")
     args = parser.parse_args(words)
     run = _known(args.run)
-    jobs = scheduler.submitted_jobs(run)
+    jobs = _blocking_jobs(run)
     for job in jobs:
         if scheduler.is_live(now := scheduler.state(job, run)):
             raise SubmissionError(f"{job.kind} {job.job} is still there: {now}")
@@ -369,6 +388,12 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="score the run on the same kind of nodes when it has ended well (default)",
+    )
+    parser.add_argument(
+        "--evaluate-every",
+        type=at_least(1),
+        metavar="N",
+        help="also score every N steps, by jobs of low priority: training.evaluate_every=N",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the scripts and every number; hand nothing in")
     parser.add_argument("--preflight", action="store_true", help="only examine the nodes, in a minute")

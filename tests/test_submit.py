@@ -9,6 +9,9 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from launch.arguments import slurm_option
 from launch.job import culprit
 from launch.records import add_record, read_records
 from launch.sbatch import Resources, limit_seconds, warning_seconds
-from launch.scheduler import choose_cluster
+from launch.scheduler import NICE, choose_cluster
 from tests.conftest import TINY_SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,7 +97,7 @@ def test_dry_run_needs_no_slurm_and_writes_nothing(
     spaced_config: Path, programs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = "--dry-run --nodes 2 --gpus-per-node 4 --cpus-per-task 6 --time 1-12 --mem 9G --partition gpu --warning 300"
-    words += " --slurm exclusive --slurm mail-type=END"
+    words += " --evaluate-every 10 --slurm exclusive --slurm mail-type=END"
     assert (
         submit.main(
             [
@@ -130,9 +133,12 @@ def test_dry_run_needs_no_slurm_and_writes_nothing(
         "# batch      16 photos = 1 (micro batch) x 2 (accumulated) x 8 ranks",
         "# data       64 photos in 1 shards",
         "# steps      20; 4.0 an epoch, 5.0 epochs",
+        "# scores     every 10 steps, on the way (on this machine: at the end)",
     ]:
         assert line in said.splitlines(), line
     assert "--dependency=afterok:JOB_OF_train --kill-on-invalid-dep=yes" in said
+    assert f"--nice={NICE} --dependency=singleton '{run}/snapshots/1/evaluate-steps.sbatch'" in said
+    assert said.count("-m launch.beside") == 1 and "-m diffcap_dist.evaluate" in said and "--steps" in said
     assert "-m diffcap_dist.train" in said and "--cpus-per-task=6" in said
     config = yaml.safe_load(said.split("# ---- numbers")[0])
     assert config["training"]["zero_stage"] == 2 and config["run_dir"] == str(run)
@@ -199,6 +205,7 @@ def test_errors_are_shown_whole(spaced_config: Path, programs: Path, capsys: pyt
         (["--nodes", "3"], "can't be shared equally by 3 ranks"),
         (["--site", "nowhere"], "known: cpu, example"),
         (["training.num_step=3"], "did you mean 'training.num_steps'"),
+        (["--evaluate-every", "15"], "evaluate_every=15 is no multiple of training.save_every=10"),
     ],
 )
 def test_mistakes(spaced_config: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -292,6 +299,77 @@ def test_what_becomes_of_a_job(
 def test_a_run_that_has_come_to_its_end(tmp_path: Path, tiny_config: Path, programs: Path) -> None:
     """Status 0, so that the evaluation starts; nothing is asked of SLURM."""
     assert job.after(trained(tmp_path, tiny_config, 20), "train", 0, tmp_path / "said") == 0
+
+
+@pytest.fixture
+def beside_a_job(tmp_path: Path, tiny_config: Path, programs: Path) -> Iterator[Beside]:
+    """launch.beside with a process that stands for the batch script."""
+    slurm_of_scripts(programs, tmp_path / "asked")
+    program(programs, "scontrol", f'echo "scontrol $*" >> "{tmp_path}/asked"')
+    run = trained(tmp_path, tiny_config, 10)
+    add_record(run, {"event": "start", "kind": "train", "job": "7", "restarts": 0, "step": 0})
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)"]) as script:
+        words = ["-m", "launch.beside", str(run.root), "--script", str(script.pid), "--evaluation", "e.sbatch"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1"}
+        with subprocess.Popen([sys.executable, *words], env=environment) as process:
+            try:
+                yield Beside(run, script, process, tmp_path / "asked")
+            finally:
+                process.kill()
+                script.kill()
+
+
+@dataclass
+class Beside:
+    run: RunDir
+    script: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes]
+    asked: Path
+
+    def leave(self, step: int) -> None:
+        """As training does."""
+        here = self.run.evaluation(step)
+        here.export.mkdir(parents=True)
+        (here.export / "model.safetensors").touch()
+
+    def wait_for(self, text: str) -> list[str]:
+        deadline = time.monotonic() + 60
+        while not (self.asked.is_file() and text in self.asked.read_text()):
+            assert time.monotonic() < deadline, self.asked.read_text() if self.asked.is_file() else "nothing asked"
+            time.sleep(0.05)
+        return self.asked.read_text().splitlines()
+
+
+def test_a_batch_script_that_is_killed(beside_a_job: Beside) -> None:
+    beside_a_job.leave(10)
+    beside_a_job.wait_for("sbatch")
+    beside_a_job.leave(20)  # which the job that waits scores too
+    beside_a_job.script.kill()
+    beside_a_job.script.wait()
+    assert beside_a_job.process.wait(60) == 0
+    evaluate = f"sbatch --parsable --nice={NICE} --dependency=singleton e.sbatch"
+    assert beside_a_job.wait_for("scontrol") == [evaluate, "scontrol requeue 7"]
+    end = read_records(beside_a_job.run)[-1]
+    assert end["culprit"] == "the batch script on n1: Killed" and end["how"].startswith("requeued, at step 10")
+
+
+@pytest.mark.parametrize("why", ["cancelled", "it has spoken", "no progress"])
+def test_a_batch_script_that_nobody_need_ask_for(beside_a_job: Beside, why: str) -> None:
+    beside_a_job.leave(10)
+    beside_a_job.wait_for("sbatch")  # it watches by now
+    if why == "cancelled":  # SLURM tells all steps while the script lives
+        beside_a_job.process.terminate()
+        assert beside_a_job.process.wait(60) == 0
+    if why == "it has spoken":
+        add_record(beside_a_job.run, {"event": "end", "kind": "train", "job": "7", "restarts": 0, "how": "finished"})
+    for number in range(3 if why == "no progress" else 0):
+        add_record(beside_a_job.run, {"event": "start", "kind": "train", "job": "7", "restarts": number, "step": 10})
+    beside_a_job.script.kill()
+    beside_a_job.script.wait()
+    assert beside_a_job.process.wait(60) == 0
+    assert "scontrol" not in beside_a_job.asked.read_text()
+    last = read_records(beside_a_job.run)[-1]
+    assert ("given up: 3 starts" in last.get("how", "")) == (why == "no progress")
 
 
 def trained(tmp_path: Path, tiny_config: Path, step: int) -> RunDir:
@@ -429,7 +507,7 @@ def run_submit(file: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_two_ranks_here_run_what_was_submitted(spaced_config: Path, tmp_path: Path) -> None:
     """The code is broken after the submission; the job doesn't notice. A second start fails, and says who and why."""
     file = checkout(tmp_path / "checkout")
-    words = ["--cluster", "local", "--nodes", "2", str(spaced_config)]
+    words = ["--cluster", "local", "--nodes", "2", "--evaluate-every", "10", str(spaced_config)]
     done = run_submit(file, *words)
     assert done.returncode == 0, done.stderr
     break_code(file)
@@ -437,6 +515,8 @@ def test_two_ranks_here_run_what_was_submitted(spaced_config: Path, tmp_path: Pa
     followed = run_submit(ROOT / "launch" / "submit.py", "logs", str(run.root), "--follow")
     assert followed.returncode == 0 and "trained to step 20" in followed.stdout, followed.stdout + followed.stderr
     assert json.loads(run.scores.read_text())["world_size"] == 2
+    said = run_submit(file, "status", str(run.root)).stdout
+    assert "step 10   BLEU-4" in said and "step 20   BLEU-4" in said and not run.waiting_evaluations()
     again = run_submit(file, "--cluster", "local", str(spaced_config), "--follow")
     assert again.returncode == 1 and "first to fail: rank" in again.stdout, again.stdout + again.stderr
     assert "ValueError: broken after the submission" in again.stdout

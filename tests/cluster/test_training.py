@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from diffcap_dist import __main__ as diffcap
 from diffcap_dist.run_dir import RunDir
 from launch.records import read_records
+from launch.scheduler import EVALUATE_STEPS, NICE
 from tests.cluster.slurm import Cluster
 from tests.conftest import TINY_SETTINGS
 
@@ -81,10 +82,16 @@ def unbroken(_running_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
     """The run that nothing happens to."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", str(_running_cluster.conf))
-        run = Submitted(_running_cluster, tmp_path_factory.mktemp("unbroken") / "a run", scene_shards)
+        folder = tmp_path_factory.mktemp("unbroken") / "a run"
+        run = Submitted(_running_cluster, folder, scene_shards, "--evaluate-every", "40")
         run.wait()
-        run.slurm.wait_for_job(run.jobs["evaluate"], "COMPLETED")
+        for job in handed_in(run, "evaluate") + handed_in(run, EVALUATE_STEPS):
+            run.slurm.wait_for_job(job, "COMPLETED", 90)
     return run
+
+
+def handed_in(run: Submitted, kind: str) -> list[str]:
+    return [r["job"] for r in read_records(run.run) if r["event"] == "submit" and r["kind"] == kind]
 
 
 def check_equal(broken: Submitted, unbroken: Submitted) -> None:
@@ -105,6 +112,18 @@ def test_trained_on_two_nodes_and_scored(unbroken: Submitted) -> None:
     assert (run.predictions / "test.jsonl").read_bytes() == captions
     for name in ("bleu_1", "bleu_4", "cider_d", "rouge_l", "scene_accuracy"):
         assert one[name] == two[name], name
+
+
+def test_scored_on_the_way(unbroken: Submitted) -> None:
+    """Beside the training, by jobs of low priority; checkpoints of those steps are long gone, and now the weights."""
+    run, jobs = unbroken.run, handed_in(unbroken, EVALUATE_STEPS)
+    assert 1 <= len(jobs) <= 3
+    assert all(f"Nice={NICE}" in unbroken.slurm.scontrol("show", "job", job) for job in jobs)
+    assert not (run.checkpoints / "step_00000040").exists() and not run.waiting_evaluations()
+    scores = {step: json.loads(run.evaluation(step).scores.read_text()) for step in (40, 80, STEPS)}
+    assert [one["step"] for one in scores.values()] == list(scores) and scores[40]["world_size"] == 2
+    final = json.loads(run.scores.read_text())
+    assert final["step"] == STEPS and scores[40]["cider_d"] != final["cider_d"] == scores[STEPS]["cider_d"]
 
 
 def test_requeued_and_preempted(slurm: Cluster, unbroken: Submitted, scene_shards: Path, tmp_path: Path) -> None:
@@ -138,34 +157,43 @@ def test_the_time_limit(slurm: Cluster, scene_shards: Path, tmp_path: Path) -> N
     assert slurm.job_state(run.jobs["evaluate"]) == "CANCELLED"
 
 
-def test_a_killed_rank_and_a_lost_node(slurm: Cluster, unbroken: Submitted, scene_shards: Path, tmp_path: Path) -> None:
-    run = Submitted(slurm, tmp_path / "r", scene_shards, "--no-evaluate-after")
-    run.wait_for_step(25)
-    os.kill(rank_of(run, 1), 9)
-    run.wait_until(lambda: len(run.ends()) == 1, "the end of the other rank", 60)
-    assert "requeued" in run.ends()[0] and "rank 1 on n2" in run.ends()[0]
+def test_a_killed_batch_script_then_rank_then_node(
+    slurm: Cluster, unbroken: Submitted, scene_shards: Path, tmp_path: Path
+) -> None:
+    run = Submitted(slurm, tmp_path / "r", scene_shards)
+    run.wait_for_step(5)
+    os.kill(process_of(run, b"slurm_script", "SLURM_PROCID=0"), 9)
+    run.wait_until(lambda: len(run.ends()) == 1, "a word about the end", 60)
+    assert "requeued" in run.ends()[0] and "the batch script on n1: Killed" in run.ends()[0]
     run.wait_until(lambda: len(run.starts()) == 2, "the second start")
+    assert run.starts()[1] >= 5  # its ranks saved as SLURM ended them; the evaluation goes on waiting
+    assert slurm.job_state(run.jobs["evaluate"]) == "PENDING"
+    run.wait_for_step(25)
+    os.kill(process_of(run, b"diffcap_dist.train", "SLURM_PROCID=1"), 9)
+    run.wait_until(lambda: len(run.ends()) == 2, "the end of the other rank", 60)
+    assert "requeued" in run.ends()[1] and "rank 1 on n2" in run.ends()[1]
+    run.wait_until(lambda: len(run.starts()) == 3, "the third start")
     run.wait_for_step(45)
     slurm.kill_node("n2")
     slurm.wait_for_job(run.job, "PENDING", 90)
     slurm.start_node("n2")
     run.wait()
-    assert run.starts()[1] == 20 and run.starts()[-1] >= 40
+    assert run.starts()[2] == 20 and run.starts()[-1] >= 40 and run.ends()[-1] == "finished"
     check_equal(run, unbroken)
 
 
-def rank_of(run: Submitted, rank: int) -> int:
-    """The process of a rank."""
+def process_of(run: Submitted, word: bytes, *marks_of_it: str) -> int:
+    """Of the job: the one with this in its command line, and these variables."""
     marks = {
-        f"SLURM_PROCID={rank}".encode(),
+        *(mark.encode() for mark in marks_of_it),
         f"SLURM_JOB_ID={run.job}".encode(),
         f"SLURM_CONF={run.slurm.conf}".encode(),
     }
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             words = (folder / "cmdline").read_bytes()
-            if b"diffcap_dist.train" in words and marks <= set((folder / "environ").read_bytes().split(b"\0")):
+            if word in words and marks <= set((folder / "environ").read_bytes().split(b"\0")):
                 return int(folder.name)
         except OSError:
             continue
-    raise AssertionError(f"no process of rank {rank}")
+    raise AssertionError(f"no process {word!r} with {marks_of_it}")
