@@ -33,6 +33,7 @@ bench: install
 	$(RUN)/python benchmarks/shuffling.py
 	$(RUN)/python -m benchmarks.paper_hours
 	$(RUN)/python -m benchmarks.stream
+	$(RUN)/python -m benchmarks.scaling
 
 # A real SLURM of two nodes on this machine: Debian, as root.
 cluster: install
