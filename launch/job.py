@@ -74,8 +74,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def before(run: RunDir, kind: str) -> None:
     job, restarts = _job()
+    note_lost_start(run, kind, job, restarts)
     add_record(run, {"event": "start", "kind": kind, "job": job, "restarts": restarts, "step": saved_step(run)})
     print(free_port())
+
+
+def note_lost_start(run: RunDir, kind: str, job: str, restarts: int) -> None:
+    """Say how the start before this one ended, where nobody was left to say it: with a node."""
+    events = [r for r in read_records(run) if r.get("job") == job and r["event"] in ("start", "end")]
+    if not events or events[-1]["event"] == "end":
+        return
+    said = run.logs / f"{kind}.{job}.{events[-1]['restarts']}.srun"
+    found = re.search(r"Node failure on (\S+)", said.read_text(errors="replace") if said.is_file() else "")
+    lost = f"node {found[1]}: lost" if found else None
+    how = f"SLURM ended it and started it again: {lost or 'its first node was lost, or had no time for a word'}"
+    end = {"event": "end", "kind": kind, "job": job, "restarts": events[-1]["restarts"], "step": saved_step(run)}
+    add_record(run, {**end, "how": how, "culprit": lost})
+    print(f"the start before this one: {how}", file=sys.stderr)
 
 
 def after(run: RunDir, kind: str, status: int, said: Path, warning: int = WARNING_SECONDS) -> int:

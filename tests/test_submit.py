@@ -301,6 +301,23 @@ def test_a_run_that_has_come_to_its_end(tmp_path: Path, tiny_config: Path, progr
     assert job.after(trained(tmp_path, tiny_config, 20), "train", 0, tmp_path / "said") == 0
 
 
+def test_the_next_start_names_the_lost_node(
+    tmp_path: Path, tiny_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained(tmp_path, tiny_config, 10)
+    run.logs.mkdir()
+    (run.logs / "train.7.0.srun").write_text("srun: error: Node failure on n2\n")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for restarts in range(3):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+        job.before(run, "train")
+    ends = [(r["restarts"], r["culprit"]) for r in read_records(run) if r["event"] == "end"]
+    assert ends == [(0, "node n2: lost"), (1, None)]
+    said = capsys.readouterr()
+    assert "node n2: lost" in said.err and "its first node was lost" in said.err
+    assert all(line.isdecimal() for line in said.out.splitlines())  # the batch script takes it for the port
+
+
 @pytest.fixture
 def beside_a_job(tmp_path: Path, tiny_config: Path, programs: Path) -> Iterator[Beside]:
     """launch.beside with a process that stands for the batch script."""

@@ -179,6 +179,7 @@ def test_a_killed_batch_script_then_rank_then_node(
     slurm.start_node("n2")
     run.wait()
     assert run.starts()[2] == 20 and run.starts()[-1] >= 40 and run.ends()[-1] == "finished"
+    assert any("node n2: lost" in end for end in run.ends())
     check_equal(run, unbroken)
 
 
