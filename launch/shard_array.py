@@ -1,8 +1,10 @@
-"""`make-shards` as a job array: every task writes shards of its own, the last one to finish writes the index.
+"""`make-shards` as a job array: every task has shards of its own, the last one to finish writes the index.
 
     python launch/shard_array.py --tasks 16 --slurm partition=cpu --time 120 -- cc3m --urls train.tsv --out DIR ...
+    python launch/shard_array.py --tasks 8 --slurm gpus-per-node=1 -- features DIR --encoder ViT-B-32 ...
 
-In: a make-shards command that writes a dataset, behind ``--``. Out: the dataset, the same bytes as one process writes.
+In: a make-shards command that writes a dataset, or computes features of one, behind ``--``. Out: what one process
+writes, byte for byte.
 On SLURM where there is one, else as processes of this machine. Run the same line again after a failure: finished shards
 are kept. It waits for the tasks and shows the errors of those that failed.
 """

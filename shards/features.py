@@ -6,6 +6,7 @@ captions (`alignment`). It never holds the features of more than one shard for e
 registered ones. N samples, B of them at a time, F feature width, P patches, V words.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import functools
@@ -23,7 +24,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -90,6 +90,7 @@ class Registered:
     alignment: Alignment | None  # None: too few samples to tell, or already registered
     already_complete: bool = False
     shards_kept: int = 0  # found complete from an interrupted run
+    shards_owed: int = 0  # by other parts of an array, the last of which registers the features
     notes: tuple[str, ...] = ()
 
 
@@ -378,10 +379,16 @@ class _Job:
 
 
 def compute(
-    directory: Path, encoder_name: str, pretrained: str, patches: bool, workers: int | None = None
+    directory: Path,
+    encoder_name: str,
+    pretrained: str,
+    patches: bool,
+    workers: int | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> Registered:
     """Features of all photos by the encoder, in `workers` processes (None: one for each GPU, or else for each
-    CPU core). A shard whose files are complete is not encoded again. Needs ImageEncoder's weights."""
+    CPU core), or of the shards of one part (i, n); whoever finishes the last shard registers them. A shard whose files
+    are complete is not encoded again. Needs ImageEncoder's weights."""
     import torch  # and open_clip: seconds
 
     from diffcap_dist.model.image_encoder import ImageEncoder
@@ -399,25 +406,42 @@ def compute(
         preprocessing=f"{encoder.preprocessing} | decoded by {encoder.pixel_transform().described}",
         files={},
     )
-    with _alone(directory, info.name):
-        return _compute(
-            _Job(directory, encoder_name, pretrained, info, max(1, _num_cores() // workers)), encoder, workers
-        )
+    with _alone(directory, info.name, part):
+        job = _Job(directory, encoder_name, pretrained, info, max(1, _num_cores() // workers))
+        return _compute(job, encoder, workers, part)
 
 
-def _compute(job: _Job, encoder: "ImageEncoder", workers: int) -> Registered:
+def _compute(job: _Job, encoder: "ImageEncoder", workers: int, part: tuple[int, int]) -> Registered:
     index = ShardIndex.load(job.directory)
-    progress = job.directory / f"{job.info.name}.unfinished.jsonl"
+    number, num_parts = part
+    ending = "" if num_parts == 1 else f"-{number}-of-{num_parts}"
+    progress = job.directory / f"{job.info.name}.unfinished{ending}.jsonl"
     if _is_registered(index, job.info):
-        progress.unlink(missing_ok=True)  # killed between the last two steps
+        _forget_progress(job)  # killed between the last two steps
         return Registered(index.features[job.info.name], None, already_complete=True)
     there = index.features.get(job.info.name)
     if there is not None:
         job = dataclasses.replace(job, info=dataclasses.replace(job.info, files=there.files))
-    files, kept = _encode_all(job, encoder, index.shards, workers, progress)
+    files, kept = _encode_all(job, encoder, index.shards[number::num_parts], workers, progress)
+    with file_lock(job.directory / UNFINISHED / f"lock-features-{job.info.name}-merge", fcntl.LOCK_EX):
+        return _merge(job, files, kept)
+
+
+def _merge(job: _Job, files: dict[str, ShardFiles], kept: int) -> Registered:
+    """Register the features if this part's files and those that others have noted are all."""
+    index = ShardIndex.load(job.directory)
+    if _is_registered(index, job.info):  # by a part that was waiting to merge before this one
+        return Registered(index.features[job.info.name], None, already_complete=True)
+    others = {entry["shard"]: entry for entry in _noted(job, index.shards) if entry["shard"] not in files}
+    owed = sum(shard.name not in files and shard.name not in others for shard in index.shards)
+    if not owed:  # only now each file is read: once, by the last part
+        owed = sum(not _is_whole(job, entry) for entry in others.values())
+    if owed:
+        return Registered(job.info, None, shards_kept=kept, shards_owed=owed)
+    files = files | {shard: entry["files"] for shard, entry in others.items()}
     info = dataclasses.replace(job.info, files={shard.name: files[shard.name] for shard in index.shards})
     measured = _register(job.directory, info)
-    progress.unlink()
+    _forget_progress(job)
     return Registered(info, measured, shards_kept=kept)
 
 
@@ -610,20 +634,34 @@ def _pixels_CHW(shard: Shard, row: int, pixels: "PixelTransform") -> "Tensor":
 
 
 def _finished_files(job: _Job, progress: Path, shards: list[ShardInfo]) -> dict[str, ShardFiles]:
-    """What an interrupted run of the same encoder has completed of these shards, each file checked against its
-    sha256. Writes the list anew, so that a line that was cut off does no harm to the next."""
-    tar_of = {shard.name: shard.sha256 for shard in shards}
-    entries = _json_lines(progress)
-    finished = []
-    if entries and entries[0] == _progress_head(job.info):
-        for entry in entries[1:]:
-            files = entry["files"].values()
-            same_tar = tar_of.get(entry["shard"]) == entry["tar_sha256"]
-            if same_tar and all(_is_intact(job.directory / file["file"], file["sha256"]) for file in files):
-                finished.append(entry)
-    lines = [json.dumps(entry) + "\n" for entry in [_progress_head(job.info), *finished]]
+    """What interrupted runs of the same encoder have completed of these shards, in whatever parts, each file checked
+    against its sha256. Writes the list anew, so that a line that was cut off does no harm to the next."""
+    finished = {entry["shard"]: entry for entry in _noted(job, shards) if _is_whole(job, entry)}
+    lines = [json.dumps(entry) + "\n" for entry in [_progress_head(job.info), *finished.values()]]
     atomic_write(progress, "".join(lines).encode())
-    return {entry["shard"]: entry["files"] for entry in finished}
+    return {shard: entry["files"] for shard, entry in finished.items()}
+
+
+def _noted(job: _Job, shards: list[ShardInfo]) -> Iterator[dict[str, Any]]:
+    """The entries of these shards, as they are now, in the lists of all parts; their files are not read."""
+    tar_of = {shard.name: shard.sha256 for shard in shards}
+    for progress in _progress_files(job):
+        entries = _json_lines(progress)
+        if entries and entries[0] == _progress_head(job.info):
+            yield from (entry for entry in entries[1:] if tar_of.get(entry["shard"]) == entry["tar_sha256"])
+
+
+def _is_whole(job: _Job, entry: dict[str, Any]) -> bool:
+    return all(_is_intact(job.directory / file["file"], file["sha256"]) for file in entry["files"].values())
+
+
+def _progress_files(job: _Job) -> list[Path]:
+    return sorted(job.directory.glob(f"{job.info.name}.unfinished*.jsonl"))
+
+
+def _forget_progress(job: _Job) -> None:
+    for progress in _progress_files(job):
+        progress.unlink(missing_ok=True)
 
 
 def _progress_head(info: FeatureInfo) -> dict[str, Any]:
@@ -717,10 +755,15 @@ def _write_arrays(
     return files
 
 
-def _alone(directory: Path, feature_name: str) -> AbstractContextManager[object]:
-    """Two runs may write different features of one dataset, not the same ones."""
+@contextlib.contextmanager
+def _alone(directory: Path, feature_name: str, part: tuple[int, int] = (0, 1)) -> Iterator[None]:
+    """Two runs may write different features of one dataset, not the same ones; but the parts of an array may."""
     ShardIndex.load(directory)  # before anything is made in a folder that is no dataset
-    return file_lock(directory / UNFINISHED / f"lock-features-{feature_name}", fcntl.LOCK_EX | fcntl.LOCK_NB)
+    lock = directory / UNFINISHED / f"lock-features-{feature_name}"
+    number, num_parts = part
+    kind, own = fcntl.LOCK_EX if num_parts == 1 else fcntl.LOCK_SH, lock.with_name(f"{lock.name}-{number}")
+    with file_lock(lock, kind | fcntl.LOCK_NB), file_lock(own, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        yield
 
 
 def _register(directory: Path, info: FeatureInfo) -> Alignment | None:

@@ -147,6 +147,7 @@ def _add_features(commands: Any) -> None:
     features.add_argument("--pretrained", default="", metavar="TAG|PATH", help="the encoder's weights")
     features.add_argument("--patches", action="store_true", help="patch features too")
     features.add_argument("--workers", type=int, metavar="N", help="default: one per GPU, else one per core")
+    features.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="of a job array, I from 0")
     features.add_argument("--name", help="what imported features are called (default: the file's name)")
     features.set_defaults(run=run_features)
 
@@ -307,11 +308,16 @@ def run_features(arguments: argparse.Namespace) -> int:
         if arguments.name is not None:
             raise ValueError("--name goes with --npz and --npy-dir; computed features are called after their encoder")
         made = features.compute(
-            arguments.directory, arguments.encoder, arguments.pretrained, arguments.patches, arguments.workers
+            arguments.directory,
+            arguments.encoder,
+            arguments.pretrained,
+            arguments.patches,
+            arguments.workers,
+            arguments.part,
         )
     else:
-        if arguments.patches or arguments.pretrained or arguments.workers is not None:
-            raise ValueError("--patches, --pretrained and --workers go with --encoder")
+        if arguments.patches or arguments.pretrained or arguments.workers is not None or arguments.part != (0, 1):
+            raise ValueError("--patches, --pretrained, --workers and --part go with --encoder")
         folder, npz = arguments.npy_dir, arguments.npz
         name = arguments.name or features.name_from_file(npz or folder)
         if npz is not None:
@@ -397,6 +403,11 @@ def _report_features(made: Registered) -> None:
     shape = f"{info.pooled_dim}" if info.patches is None else f"{info.pooled_dim}, patches {info.patches}"
     if made.already_complete:
         print(f"features {info.name} are complete, nothing to do: {len(info.files)} shards are skipped")
+        return
+    if made.shards_owed:
+        print(
+            f"features {info.name}: this part is done; others owe {made.shards_owed} shards, and the last registers all"
+        )
         return
     if made.shards_kept:
         print(f"continued: {made.shards_kept} of {len(info.files)} shards were complete and are kept")

@@ -7,6 +7,7 @@ in several it is a tiny CLIP of open_clip.
 import io
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -424,6 +425,33 @@ def test_what_is_not_sure_to_be_finished_is_encoded_again(
     assert compute_toy(photos).shards_kept == 2 and len(encoded) == 100
     assert verify(photos) == [] and not list(photos.glob("*.tmp"))
     np.testing.assert_array_equal(stored(photos, "toy")[0], FITTING_NF.astype(np.float16))
+
+
+def test_parts_of_an_array_are_merged_by_the_last(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The same bytes as one run writes, whatever was left by parts of another number, or damaged meanwhile."""
+    whole = tmp_path / "whole"
+    shutil.copytree(photos, whole)
+    encoded = install_encoder(monkeypatch)
+
+    def part(number: int, num_parts: int) -> features.Registered:
+        return compute(photos, "toy", "made", True, 1, (number, num_parts))
+
+    assert part(1, 2).shards_owed == 2 and len(encoded) == 100
+    assert part(0, 3).shards_owed == 1 and part(0, 3).shards_kept == 1 and len(encoded) == 200
+    assert ShardIndex.load(photos).features == {}
+    file = photos / f"{ShardIndex.load(photos).shards[0].name}.toy.npy"
+    intact = file.read_bytes()
+    file.write_bytes(intact[:-1])
+    assert part(2, 3).shards_owed == 1 and ShardIndex.load(photos).features == {}
+    last = part(0, 3)
+    assert file.read_bytes() == intact and last.alignment is not None and last.shards_owed == 0
+    assert part(1, 3).already_complete and len(encoded) == 400
+    assert compute_toy(whole).info == last.info
+    for name in (path.name for path in whole.glob("*.npy")):
+        assert (whole / name).read_bytes() == (photos / name).read_bytes()
+    assert verify(photos) == [] and not list(photos.glob("*unfinished*"))
 
 
 def test_a_kill_between_the_index_and_the_end_leaves_nothing(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

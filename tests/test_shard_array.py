@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from shards.make_shards import main
+from tests.test_image_encoder import saved_clip
 from tests.test_writer import contents
 
 ARRAY = Path(__file__).resolve().parents[1] / "launch" / "shard_array.py"
@@ -27,6 +28,12 @@ def test_an_array_makes_the_dataset_of_one_process(tmp_path: Path) -> None:
     assert contents(tmp_path / "one") == contents(tmp_path / "many")
     again = array(tmp_path, 2, *SCENES, "--out", str(tmp_path / "many"))
     assert again.returncode == 0 and contents(tmp_path / "one") == contents(tmp_path / "many")
+    saved_clip("resnet", tmp_path / "clip")
+    words = ["--encoder", str(tmp_path / "clip"), "--workers", "1"]
+    assert main(["features", str(tmp_path / "one"), *words]) == 0
+    done = array(tmp_path, 2, "features", str(tmp_path / "many"), *words)
+    assert done.returncode == 0 and "the last registers all" in done.stdout, done.stdout + done.stderr
+    assert contents(tmp_path / "one") == contents(tmp_path / "many")
 
 
 @pytest.mark.slow
