@@ -21,7 +21,7 @@ from diffcap_dist.data.shard_format import MemberIndex
 from diffcap_dist.run_dir import RunDir
 from diffcap_dist.training import checkpoint
 from shards import make_shards
-from tests.conftest import TINY_SETTINGS, launch, launch_command, rank_environment
+from tests.conftest import TINY_SETTINGS, free_port, launch, launch_command, rank_environment
 from tests.ranks.failing import NAN_AT, STALL_AT, STALL_SECONDS
 from tests.ranks.resume import losses
 from tests.test_image_encoder import saved_clip
@@ -138,6 +138,12 @@ def test_the_road_end_to_end(tiny_config: Path, tmp_path: Path) -> None:
     best = max(validations, key=lambda r: (r["bleu_4"], -r["val_loss"]))  # BLEU-4 is 0 at both: the loss decides
     assert one["step"] == best["step"] == int((run.checkpoints / "best").read_text().removeprefix("step_"))
     assert any(run.tensorboard.iterdir())
+    # torchrun goes on with what deepspeed's launcher began.
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    command = [*torchrun, str(free_port()), "-m", "diffcap_dist.train", str(tiny_config), "training.num_steps=22"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=rank_environment())
+    assert done.returncode == 0 and "continued at step 20" in done.stderr and "over 2 ranks" in done.stderr, done.stderr
+    assert checkpoint.complete_checkpoints(run.checkpoints)[-1].name == "step_00000022"
 
 
 def test_sigkill_then_the_same_command_continues_exactly(tiny_config: Path, tmp_path: Path) -> None:

@@ -157,6 +157,7 @@ def test_the_time_limit(slurm: Cluster, scene_shards: Path, tmp_path: Path) -> N
     assert slurm.job_state(run.jobs["evaluate"]) == "CANCELLED"
 
 
+@pytest.mark.timeout(600)  # four starts, and the other one's where it is alone: minutes on a machine that is busy
 def test_a_killed_batch_script_then_rank_then_node(
     slurm: Cluster, unbroken: Submitted, scene_shards: Path, tmp_path: Path
 ) -> None:
