@@ -76,7 +76,7 @@ def step_cost(config: Config, num_timesteps: int, device: torch.device, rounds: 
     optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=1e-4)
     ids_NCL = torch.randint(NUM_WORDS, (N, 1, L), device=device)
     image = ImageFeatures(torch.randn(N, IMAGE_WIDTH, device=device, dtype=dtype))
-    shape = (L, objective.denoiser.embedding_dim)
+    shape = (L, objective.network.embedding_dim)
 
     def step(number: int) -> None:
         draws = Draws.at(list(range(N)), 1, num_timesteps, shape, 0, number, diffusion, device)

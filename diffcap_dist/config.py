@@ -69,8 +69,9 @@ class EncoderConfig:
 
 @dataclass
 class ModelConfig:
-    """The denoiser's body and embedding table."""
+    """The network's body and embedding table."""
 
+    kind: Literal["denoiser", "autoregressive"] = "denoiser"  # autoregressive: the same body, left to right
     body: str = "random"  # 'random', or a Hugging Face id / folder of a DistilBERT
     width: int = 768
     num_layers: int = 6
@@ -89,6 +90,7 @@ class ModelConfig:
     position_init_std: float = 0.5  # of a random body; DistilBERT's own is 0.02 (docs/results.md has what that costs)
     normalize_features: bool = True  # LayerNorm before the image features' projection; the paper has none
     mask_padding: bool = False  # in training nothing attends to [PAD] (the paper's code); at inference everything does
+    length_head: bool = False  # the length is foretold from the photo; what is behind it is then given, not denoised
     text_token: bool = False  # in training the text feature of the true caption beside the image's (section 5.1)
 
 
@@ -96,6 +98,7 @@ class ModelConfig:
 class DiffusionConfig:
     """The forward process and the loss."""
 
+    kind: Literal["continuous", "masked"] = "continuous"  # Gaussian noise over embeddings, or words behind [MASK]
     schedule: Literal["cosine", "sqrt"] = "cosine"
     num_timesteps: int = 1000  # T: the x_1 term is at t = 1/T
     noise_scale: float = 4.0
@@ -122,11 +125,14 @@ class DiffusionConfig:
 class SamplerConfig:
     """How captions are drawn from the trained denoiser."""
 
-    name: Literal["ddim", "x0_feedback"] = "ddim"
+    name: Literal["ddim", "x0_feedback"] = "ddim"  # of continuous diffusion; the other kinds have one each
     num_inference_steps: int = 10
     guidance_scale: float = 1.0  # 1 = no guidance
     time_difference: float = 0.0  # the denoiser is told t + this (asymmetric time intervals)
     eta: float = 0.0  # 0 = DDIM, 1 = DDPM
+    temperature: float = 0.0  # of masked diffusion and the autoregressive control: 0 takes the likeliest words
+    revise: bool = True  # masked diffusion: words of little confidence are masked again, whenever they were written
+    num_beams: int = 1  # of the autoregressive control; 1 is greedy
     candidates: int = 1  # captions drawn per image; the one nearest to the others is kept
     remove_repeats: bool = False  # drop a word that repeats the one before it
     seed: int = 0
@@ -256,6 +262,16 @@ def _conflicts(config: Config) -> list[str]:
         f"training.ema_decay={training.ema_decay}; it lies in [0, 1)": not 0 <= training.ema_decay < 1,
         "diffusion.text_guidance > 0 and model.text_token=true go together": (
             (config.diffusion.text_guidance > 0) != config.model.text_token
+        ),
+        "diffusion.kind=masked predicts words: set model.x0_from=logits, restore_weight=0 and first_step_weight=0": (
+            config.diffusion.kind == "masked"
+            and (
+                model.x0_from != "logits" or bool(config.diffusion.restore_weight or config.diffusion.first_step_weight)
+            )
+        ),
+        "model.kind=autoregressive: set diffusion.timesteps_per_caption=1 (it has no times) and model.x0_from=logits": (
+            model.kind == "autoregressive"
+            and (config.diffusion.timesteps_per_caption != 1 or model.x0_from != "logits")
         ),
         f"optimizer.hold_steps={config.optimizer.hold_steps}; at least 1": config.optimizer.hold_steps < 1,
         f"diffusion.predict_steps_back={config.diffusion.predict_steps_back} steps are no part of "

@@ -29,10 +29,10 @@ from diffcap_dist.config import Config, load_config
 from diffcap_dist.data.captions import CaptionTokenizer
 from diffcap_dist.data.shard_format import ShardDamage
 from diffcap_dist.data.stream import Batch, CaptionStream, Damage, ShardReader, all_records
-from diffcap_dist.diffusion.objective import DiffusionObjective, Draws
+from diffcap_dist.diffusion.objective import Draws, build_network, build_objective
 from diffcap_dist.evaluation.captioner import Captioner, export_captioner, feature_identity
 from diffcap_dist.evaluation.validation import Validation
-from diffcap_dist.model.denoiser import Denoiser, ImageFeatures
+from diffcap_dist.model.denoiser import ImageFeatures
 from diffcap_dist.model.image_encoder import ImageEncoder, slug
 from diffcap_dist.run_dir import RunDir
 from diffcap_dist.training import checkpoint, distributed
@@ -105,10 +105,9 @@ class Trainer:
         self.dtype, self.precision_reason = choose_precision(config.training.precision, ranks.device)
         self.data = build_data(config, self.run_dir, ranks)
         torch.manual_seed(config.seed)  # the same first weights on every rank
-        denoiser = Denoiser(
-            config.model, self.data.tokenizer.vocab_size, config.data.max_length, self.data.feature_widths
-        )
-        self.objective = DiffusionObjective(denoiser, config.diffusion, self.data.tokenizer.pad_id)
+        tokenizer = self.data.tokenizer
+        network = build_network(config, tokenizer.vocab_size, self.data.feature_widths)
+        self.objective = build_objective(network, config, tokenizer.pad_id, tokenizer.mask_id)
         self.parameters = {
             "trainable": sum(p.numel() for p in self.objective.parameters() if p.requires_grad),
             "frozen": sum(p.numel() for p in self.objective.parameters() if not p.requires_grad)
@@ -138,7 +137,7 @@ class Trainer:
             config.training.validation_images,
             config.seed,
         )
-        self.captioner = Captioner(denoiser, config, self.data.tokenizer)
+        self.captioner = Captioner(network, config, tokenizer)
         self.stop = (stop or StopFlag()).install()
         self.metrics = Metrics(self.run_dir, ranks)
         self.step_keys: list[str] = []  # of this rank's samples of the step
@@ -226,9 +225,9 @@ class Trainer:
         return text_BF.unflatten(0, (len(batch.captions), -1)).to(self.ranks.device, self.dtype)
 
     def _draws(self, batch: Batch, step: int) -> Draws:
-        config, denoiser = self.config, self.objective.denoiser
+        config = self.config
         counts = (config.data.captions_per_image, config.diffusion.timesteps_per_caption)
-        shape = (denoiser.max_length, denoiser.embedding_dim)
+        shape = self.objective.noise_shape
         return Draws.at(batch.positions, *counts, shape, config.seed, step, config.diffusion, self.ranks.device)
 
     def _agree_to_go_on(self, terms: dict[str, float], damages: list[Damage], bar: tqdm) -> str | None:
@@ -301,7 +300,7 @@ class Trainer:
             if self.config.training.export == "last" or (scores["bleu_4"], -scores["val_loss"]) > best:
                 self.state.best_bleu_4, self.state.best_val_loss = scores["bleu_4"], scores["val_loss"]
                 self.state.best_step = self.state.step
-                weights = full_state(self.engine.module.denoiser)
+                weights = full_state(self.engine.module.network)
                 if self.ranks.is_first:
                     self._export(self.run_dir.export, weights, scores)
         self.metrics.validation(self.state, scores, bar)
@@ -314,7 +313,7 @@ class Trainer:
             "feature_widths": self.data.feature_widths,
             **feature_identity(self.data.train.feature_info, self.data.encoder),
         }
-        export_captioner(folder, weights, self.objective.denoiser, self.config, self.data.tokenizer, about)
+        export_captioner(folder, weights, self.objective.network, self.config, self.data.tokenizer, about)
 
     def _save(self) -> None:
         started = time.perf_counter()
@@ -328,7 +327,7 @@ class Trainer:
     def _leave_for_evaluation(self) -> None:
         """The captioner of this step, for `diffcap evaluate --steps`: checkpoints go before a queued job may start."""
         with self.ema.swapped():
-            weights = full_state(self.engine.module.denoiser)
+            weights = full_state(self.engine.module.network)
         here = self.run_dir.evaluation(self.state.step)
         if not self.ranks.is_first:
             return

@@ -42,7 +42,7 @@ def test_both_steps_give_the_same_loss_and_gradients(
         step = build(name, TINY, clip_folder, CPU)
         loss = step(batch)
         loss.backward()
-        trained = {n.removeprefix("objective.denoiser."): p for n, p in step.named_parameters() if p.requires_grad}
+        trained = {n.removeprefix("objective.network."): p for n, p in step.named_parameters() if p.requires_grad}
         gradients[name] = {"loss": loss.detach()} | {n: p.grad for n, p in trained.items()}
     not_dropped = gradients["ours"].pop("no_image")  # the published model has no vector for a hidden photo
     assert not not_dropped.any()

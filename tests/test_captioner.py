@@ -37,7 +37,7 @@ def captioner() -> Captioner:
 
 def with_sampler(captioner: Captioner, **changes: object) -> Captioner:
     sampler = dataclasses.replace(captioner.config.sampler, **changes)  # type: ignore[arg-type]
-    return Captioner(captioner.denoiser, dataclasses.replace(captioner.config, sampler=sampler), TOKENIZER)
+    return Captioner(captioner.network, dataclasses.replace(captioner.config, sampler=sampler), TOKENIZER)
 
 
 PHOTOS = torch.randn(6, 10, generator=torch.Generator().manual_seed(2))
@@ -83,8 +83,8 @@ def test_drafts_end_in_the_caption(captioner: Captioner) -> None:
 
 def test_an_export_captions_the_same_without_the_run(captioner: Captioner, tmp_path: Path) -> None:
     about = {"step": 3, "feature_widths": [10, None], "features": "f", "encoder_sha256": None}
-    state = captioner.denoiser.state_dict()
-    export_captioner(tmp_path / "export", state, captioner.denoiser, captioner.config, TOKENIZER, about)
+    state = captioner.network.state_dict()
+    export_captioner(tmp_path / "export", state, captioner.network, captioner.config, TOKENIZER, about)
     again = load_captioner(tmp_path / "export")
     assert again.caption(ImageFeatures(PHOTOS), KEYS) == captioner.caption(ImageFeatures(PHOTOS), KEYS)
     assert load_captioner(tmp_path / "export", ["sampler.candidates=3"]).config.sampler.candidates == 3
@@ -110,7 +110,7 @@ def test_picture_files(tmp_path: Path) -> None:
 
 def test_a_broken_picture_and_imported_features_are_named(captioner: Captioner, tmp_path: Path) -> None:
     about = {"step": 3, "feature_widths": [10, None], "features": "cnn", "encoder_sha256": None}
-    export_captioner(tmp_path, captioner.denoiser.state_dict(), captioner.denoiser, captioner.config, TOKENIZER, about)
+    export_captioner(tmp_path, captioner.network.state_dict(), captioner.network, captioner.config, TOKENIZER, about)
     Image.new("RGB", (8, 8)).save(tmp_path / "good.jpg")
     with pytest.raises(ValueError, match=r"imported features \(cnn\)"):
         caption_command.caption_files(tmp_path, [tmp_path / "good.jpg"])

@@ -127,7 +127,7 @@ def plain_reference(
         caption = (row % rows_per_photo) // (rows_per_photo // ids_NCL.shape[1])
         ids = ids_NCL[photo, caption]
         seen = ImageFeatures(image.pooled_NF[photo : photo + 1], image.patches_NPF[photo : photo + 1])  # type: ignore
-        hide, noise = draws.image_dropped_N[photo : photo + 1], draws.noise_BLD[row]
+        hide, noise = draws.image_dropped_N[photo : photo + 1], draws.noise[row]
 
         def estimate(t: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor]:
             alpha_bar = schedule.alpha_bar(t)
@@ -159,7 +159,7 @@ def test_draws_are_a_function_of_the_position_alone() -> None:
     denoiser = small_denoiser()
     together = draws_for([8, 9, 10, 11], 2, denoiser, config, step=4)
     apart = [draws_for([p], 2, denoiser, config, step=4) for p in (8, 9, 10, 11)]
-    for name in ("t_B", "noise_BLD", "image_dropped_N"):
+    for name in ("t_B", "noise", "image_dropped_N"):
         assert torch.equal(getattr(together, name), torch.cat([getattr(d, name) for d in apart]))
     assert {d.self_condition for d in apart} == {together.self_condition}
 

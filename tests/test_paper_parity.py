@@ -86,7 +86,7 @@ def theirs(both: Pair, config: DiffusionConfig, model: ModelConfig) -> dict[str,
     """The reference on the very draws; its rows go K first, ours caption first."""
     draws, K = draws_of(both, config), config.timesteps_per_caption
     t_KB = (draws.t_B * config.num_timesteps).round().long().view(B, K).T
-    noise_KBLD = draws.noise_BLD.unflatten(0, (B, K)).transpose(0, 1)
+    noise_KBLD = draws.noise.unflatten(0, (B, K)).transpose(0, 1)
     guidance = None
     if config.text_guidance:
         assert draws.text_kept_B is not None
@@ -227,7 +227,7 @@ def test_timesteps_are_drawn_as_published(timesteps: str) -> None:
         assert (steps == steps[:, :1]).all() and (rows[:, 1:] == rows[:, :-1]).any()
     else:
         assert not (steps == steps[:, :1]).all() and not (rows[:, 1:] == rows[:, :-1]).any()
-    noise_NCKLD = draws[0].noise_BLD.view(2, 2, 100, *shape)
+    noise_NCKLD = draws[0].noise.view(2, 2, 100, *shape)
     assert (noise_NCKLD == noise_NCKLD[:, :, :1]).all()
     assert not noise_NCKLD[0, 0, 0].equal(noise_NCKLD[0, 1, 0])
 

@@ -342,7 +342,7 @@ def test_the_papers_recipe_trains_resumes_and_stops_early(
     expected, got = whole.pop("weights"), parts.pop("weights")
     assert whole == parts and whole["step"] == 12 and 0 < whole["rounding_weight"] != 0.3
     assert all(torch.equal(expected[name], got[name]) for name in expected)
-    assert any(name.startswith("denoiser.head.") for name in expected)
+    assert any(name.startswith("network.head.") for name in expected)
 
     stop = ["diffusion.dynamic_rounding=0", "training.num_steps=1000", "training.early_stop_ratio=1e-6"]
     stopped, said = train("stopped", *stop)

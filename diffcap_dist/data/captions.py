@@ -27,16 +27,17 @@ class CaptionTokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, begin_token: bool = False) -> None:
         # Its threads would take the cores of ranks and loader workers, and it warns at every fork.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        missing = [t for t in (PAD, UNK, SEP) if tokenizer.convert_tokens_to_ids(t) in (None, -1)]
+        missing = [t for t in (PAD, UNK, SEP, MASK) if tokenizer.convert_tokens_to_ids(t) in (None, -1)]
         if missing:
             raise ValueError(f"the tokenizer has no {', '.join(missing)}; a BERT-style tokenizer is expected")
         self.tokenizer = tokenizer
         self.pad_id: int = tokenizer.convert_tokens_to_ids(PAD)  # type: ignore[assignment]
         self.unk_id: int = tokenizer.convert_tokens_to_ids(UNK)  # type: ignore[assignment]
+        self.mask_id: int = tokenizer.convert_tokens_to_ids(MASK)  # type: ignore[assignment]
         self.sep_id: int = tokenizer.convert_tokens_to_ids(SEP)  # type: ignore[assignment]
         self._begin = [int(tokenizer.convert_tokens_to_ids(CLS))] if begin_token else []  # type: ignore[arg-type]
         self.vocab_size = len(tokenizer)
-        self._special_ids = set(tokenizer.all_special_ids)
+        self.special_ids = set(tokenizer.all_special_ids)
 
     @classmethod
     def load(cls, name: str, begin_token: bool = False) -> CaptionTokenizer:
@@ -90,7 +91,7 @@ class CaptionTokenizer:
     def word_positions(self, ids_L: Sequence[int]) -> list[int]:
         """Where the words of one row are: before the first [SEP], special tokens left out."""
         end = ids_L.index(self.sep_id) if self.sep_id in ids_L else len(ids_L)
-        return [i for i in range(end) if ids_L[i] not in self._special_ids]
+        return [i for i in range(end) if ids_L[i] not in self.special_ids]
 
 
 def split_words(text: str) -> list[str]:

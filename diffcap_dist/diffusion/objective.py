@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from diffcap_dist.config import DiffusionConfig
+from diffcap_dist.config import Config, DiffusionConfig
 from diffcap_dist.data.order import draw, draw_uniform
 from diffcap_dist.diffusion.schedule import NoiseSchedule
+from diffcap_dist.model.autoregressive import AutoregressiveModel
 from diffcap_dist.model.denoiser import Denoiser, ImageFeatures, TextGuide
 
 GOLDEN_RATIO = 0.6180339887498949
 SMALL_LOGITS = 1 << 22  # below this many logits (16 MiB) one piece is faster than chunks
 CHUNK_TOKENS = 256
+LENGTH_WEIGHT = 0.1  # of the length head's cross-entropy: it must not shape the photo's projection
 
 
 def restore_loss(x0_hat_BLD: Tensor, x0_BLD: Tensor, kind: str) -> Tensor:
@@ -32,13 +34,19 @@ def restore_loss(x0_hat_BLD: Tensor, x0_BLD: Tensor, kind: str) -> Tensor:
     return F.l1_loss(x0_hat_BLD, x0_BLD) if kind == "l1" else F.mse_loss(x0_hat_BLD, x0_BLD)
 
 
-def rounding_loss(input_BLD: Tensor, table_VD: Tensor, ids_BL: Tensor) -> Tensor:
+def rounding_loss(input_BLD: Tensor, table_VD: Tensor, ids_BL: Tensor, counted_BL: Tensor | None = None) -> Tensor:
     """-log p(w | hat x0), mean over all positions, PAD included (L_R of eq. 5).
 
-    The tokens x vocabulary logits never exist whole: torch's fused kernel where it is there (>= 2.13), else chunks of
-    tokens that are computed again in the backward pass.
+    Positions where ``counted_BL`` is False count as 0, and still as positions: the mean over a batch is then the mean
+    of its parts' means, however it is cut. The tokens x vocabulary logits never exist whole: torch's fused kernel where
+    it is there (>= 2.13), else chunks of tokens that are computed again in the backward pass.
     """
     tokens_TD, ids_T = input_BLD.flatten(0, -2), ids_BL.flatten()
+    if counted_BL is not None:
+        index_T = counted_BL.flatten().nonzero().squeeze(1)
+        if not len(index_T):
+            return (input_BLD * 0).sum()
+        return rounding_loss(tokens_TD[index_T], table_VD, ids_T[index_T]) * (len(index_T) / len(ids_T))
     table_VD = table_VD.to(tokens_TD.dtype)
     if tokens_TD.shape[0] * table_VD.shape[0] <= SMALL_LOGITS:
         return F.cross_entropy((tokens_TD @ table_VD.T).float(), ids_T)
@@ -49,6 +57,11 @@ def rounding_loss(input_BLD: Tensor, table_VD: Tensor, ids_BL: Tensor) -> Tensor
     chunks = zip(tokens_TD.split(CHUNK_TOKENS), ids_T.split(CHUNK_TOKENS))
     sums = [checkpoint(_chunk_cross_entropy, tokens, table_VD, ids, use_reentrant=False) for tokens, ids in chunks]
     return torch.stack(sums).sum() / ids_T.numel()
+
+
+def open_positions(lengths_B1: Tensor, max_length: int) -> Tensor:
+    """open_BL: the words of captions of so many tokens, [SEP] (the last of them) and [PAD] left out."""
+    return torch.arange(max_length, device=lengths_B1.device)[None] < lengths_B1 - 1
 
 
 def _chunk_cross_entropy(tokens_TD: Tensor, table_VD: Tensor, ids_T: Tensor) -> Tensor:
@@ -73,11 +86,11 @@ def reduction_scales(kind: str, num_timesteps: int, length: int, width: int) -> 
 
 @dataclass(frozen=True)
 class Draws:
-    """The random choices for N photos, B rows: t_B, noise_BLD, image_dropped_N, text_kept_B, and whether this step
-    self-conditions. A photo's rows: its captions, each with its timesteps."""
+    """The random choices for N photos, B rows: t_B, noise (B, *an objective's ``noise_shape``), image_dropped_N,
+    text_kept_B, and whether this step self-conditions. A photo's rows: its captions, each with its timesteps."""
 
     t_B: Tensor
-    noise_BLD: Tensor
+    noise: Tensor
     image_dropped_N: Tensor
     self_condition: bool
     text_kept_B: Tensor | None = None
@@ -88,13 +101,13 @@ class Draws:
         positions: list[int],
         num_captions: int,
         num_timesteps: int,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         seed: int,
         step: int,
         config: DiffusionConfig,
         device: torch.device,
     ) -> Draws:
-        """The draws for the photos at ``positions``, C captions of each with K timesteps; ``shape`` is (L, D).
+        """The draws for the photos at ``positions``, C captions of each with K timesteps; ``shape`` is the noise's.
 
         The self-conditioning coin is one per step, the same on all ranks: a per-sample coin would cost every rank the
         extra forward at every step.
@@ -103,14 +116,14 @@ class Draws:
         dropped = [draw_uniform(seed, "image drop", p) < config.image_drop_rate for p in positions]
         coin = draw_uniform(seed, "self-conditioning", step) < config.self_conditioning_rate
         noises = (C, 1 if config.shared_noise else K, *shape)
-        noise_NCKLD = position_noise(seed, "noise", positions, noises, device).expand(-1, -1, K, -1, -1)
+        noise = position_noise(seed, "noise", positions, noises, device)
         kept_B = None
         if config.text_guidance:
             kept = [draw_uniform(seed, "text drop", p, c) >= config.text_drop_rate for p in positions for c in range(C)]
             kept_B = torch.tensor(kept, device=device).repeat_interleave(K)
         return cls(
             _timesteps(positions, C, K, seed, step, config).to(device),
-            noise_NCKLD.flatten(0, 2),
+            noise.expand(-1, -1, K, *shape).flatten(0, 2),
             torch.tensor(dropped, device=device),
             coin,
             kept_B,
@@ -151,16 +164,24 @@ def position_noise(
 class DiffusionObjective(nn.Module):
     """Denoiser + schedule -> loss terms; the module that the engine wraps (its one forward is one loss).
 
-    ``pad_id`` tells where captions end, for ``model.mask_padding``.
+    ``pad_id`` tells where captions end, for ``model.mask_padding`` and ``model.length_head``; ``mask_id`` is what
+    masked diffusion writes over a word.
     """
 
-    def __init__(self, denoiser: Denoiser, config: DiffusionConfig, pad_id: int) -> None:
+    def __init__(self, network: Denoiser, config: DiffusionConfig, pad_id: int, mask_id: int = -1) -> None:
         super().__init__()
-        self.denoiser, self.config, self.pad_id = denoiser, config, pad_id
+        self.network, self.config, self.pad_id, self.mask_id = network, config, pad_id, mask_id
         self.schedule = NoiseSchedule(config.schedule, config.noise_scale)
         self.scales = reduction_scales(
-            config.loss_reduction, config.timesteps_per_caption, denoiser.max_length, denoiser.embedding_dim
+            config.loss_reduction, config.timesteps_per_caption, network.max_length, network.embedding_dim
         )
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Of a caption's noise in ``Draws``."""
+        if self.config.kind == "masked":
+            return (self.network.max_length,)
+        return self.network.max_length, self.network.embedding_dim
 
     def forward(
         self,
@@ -175,23 +196,38 @@ class DiffusionObjective(nn.Module):
         The image tokens are made once per photo and serve its C K rows. ``text_NCF``, features of the captions
         themselves, guide where ``diffusion.text_guidance`` is on. ``rounding_weight``: lambda, if not the setting's.
         """
-        config, denoiser = self.config, self.denoiser
+        config, network = self.config, self.network
         K = draws.t_B.shape[0] // ids_NCL[..., 0].numel()
         ids_BL = ids_NCL.flatten(0, 1).repeat_interleave(K, dim=0)
         text_BF = None if text_NCF is None else text_NCF.flatten(0, 1).repeat_interleave(K, dim=0)
         rows = _Rows(ids_BL, image, draws.image_dropped_N, text_BF, draws.text_kept_B)
         dtype = image.pooled_NF.dtype
-        x0_BLD, noise_BLD = denoiser.embed(ids_BL).to(dtype), draws.noise_BLD.to(dtype)
-        x_BLD = self._noised(x0_BLD, noise_BLD, draws.t_B)
+        open_BL = self._open(ids_BL)
+        if config.kind == "masked":
+            # A standard normal is below its t-quantile with probability t.
+            masked_BL = torch.special.ndtr(draws.noise) < draws.t_B[:, None]
+            counted_BL = masked_BL if open_BL is None else masked_BL & open_BL
+            x_BLD = network.embed(ids_BL.masked_fill(counted_BL, self.mask_id)).to(dtype)
+        else:
+            counted_BL = open_BL
+            x0_BLD, noise_BLD = network.embed(ids_BL).to(dtype), draws.noise.to(dtype)
+            x_BLD = self._noised(x0_BLD, noise_BLD, draws.t_B)
+            if open_BL is not None:
+                x_BLD = torch.where(open_BL[..., None], x_BLD, x0_BLD)
         previous_x0_BLD = None
-        if draws.self_condition and denoiser.config.self_conditioning:
+        if draws.self_condition and network.config.self_conditioning:
             with torch.no_grad():
-                previous_x0_BLD = denoiser.clean_estimate(self._hidden(x_BLD, draws.t_B, rows))
+                previous_x0_BLD = network.clean_estimate(self._hidden(x_BLD, draws.t_B, rows))
         hidden_BLD = self._hidden(x_BLD, draws.t_B, rows, previous_x0_BLD)
-        terms = {"rounding": rounding_loss(denoiser.rounding_input(hidden_BLD), denoiser.embedding_matrix(), ids_BL)}
+        rounding = rounding_loss(network.rounding_input(hidden_BLD), network.embedding_matrix(), ids_BL, counted_BL)
+        terms = {"rounding": rounding}
+        if network.length_head is not None:
+            lengths_B = (ids_NCL != self.pad_id).sum(-1).flatten()
+            logits_BL = network.length_logits(image).repeat_interleave(ids_NCL.shape[1], dim=0)
+            terms["length"] = F.cross_entropy(logits_BL.float(), lengths_B - 1)
         if config.restore_weight:
             target_BLD = self._target(x0_BLD, noise_BLD, draws.t_B)
-            terms["restore"] = restore_loss(denoiser.clean_estimate(hidden_BLD), target_BLD, config.restore_loss)
+            terms["restore"] = restore_loss(network.clean_estimate(hidden_BLD), target_BLD, config.restore_loss)
         if config.first_step_weight:
             terms["first_step"] = self._first_step_loss(x0_BLD[::K], noise_BLD[::K], rows.every(K))
         for name, scale in zip(("restore", "first_step", "rounding"), self.scales):
@@ -201,8 +237,16 @@ class DiffusionObjective(nn.Module):
             (config.rounding_weight if rounding_weight is None else rounding_weight) * terms["rounding"]
             + config.restore_weight * terms.get("restore", 0.0)
             + config.first_step_weight * terms.get("first_step", 0.0)
+            + LENGTH_WEIGHT * terms.get("length", 0.0)
         )
         return terms
+
+    def _open(self, ids_BL: Tensor) -> Tensor | None:
+        """Where there is something to denoise: everywhere (None), or at the words, where the length is foretold."""
+        if self.network.length_head is None:
+            return None
+        lengths_B1 = (ids_BL != self.pad_id).sum(-1, keepdim=True)
+        return open_positions(lengths_B1, ids_BL.shape[1])
 
     def _noised(self, x0_BLD: Tensor, noise_BLD: Tensor, t_B: Tensor) -> Tensor:
         return self.schedule.add_noise(x0_BLD, noise_BLD, t_B, as_printed=self.config.noising == "as_printed")
@@ -216,20 +260,63 @@ class DiffusionObjective(nn.Module):
 
     def _hidden(self, x_BLD: Tensor, t_B: Tensor, rows: _Rows, previous_x0_BLD: Tensor | None = None) -> Tensor:
         """hidden_BLD; with text guidance (1 + w) f(x, text) - w f(x) (section 5.1, in training as published)."""
-        mask_BL = rows.ids_BL != self.pad_id if self.denoiser.config.mask_padding else None
+        mask_BL = rows.ids_BL != self.pad_id if self.network.config.mask_padding else None
         inputs = (x_BLD, t_B, rows.image, previous_x0_BLD, rows.image_dropped_N, mask_BL)
         if rows.text_BF is None or (w := self.config.text_guidance) == 0:
-            return self.denoiser(*inputs)
+            return self.network(*inputs)
         assert rows.text_kept_B is not None
-        plain_BLD = self.denoiser(*inputs)
-        guided_BLD = self.denoiser(*inputs, TextGuide(rows.text_BF, rows.text_kept_B))
+        plain_BLD = self.network(*inputs)
+        guided_BLD = self.network(*inputs, TextGuide(rows.text_BF, rows.text_kept_B))
         return (1 + w) * guided_BLD - w * plain_BLD
 
     def _first_step_loss(self, x0_BLD: Tensor, noise_BLD: Tensor, rows: _Rows) -> Tensor:
         """|mu(x_1, 1) - x0|: the paper's x_1 restoring term, at t = 1/T; once per caption, not per timestep."""
         t_B = torch.full(x0_BLD.shape[:1], 1 / self.config.num_timesteps, device=x0_BLD.device)
         hidden_BLD = self._hidden(self._noised(x0_BLD, noise_BLD, t_B), t_B, rows)
-        return restore_loss(self.denoiser.clean_estimate(hidden_BLD), x0_BLD, self.config.restore_loss)
+        return restore_loss(self.network.clean_estimate(hidden_BLD), x0_BLD, self.config.restore_loss)
+
+
+class AutoregressiveObjective(nn.Module):
+    """The control's loss: cross-entropy of each word after those before it. Of the draws it takes none."""
+
+    noise_shape = ()
+
+    def __init__(self, network: AutoregressiveModel, config: DiffusionConfig, pad_id: int) -> None:
+        super().__init__()
+        self.network, self.config, self.pad_id = network, config, pad_id
+
+    def forward(
+        self,
+        ids_NCL: Tensor,
+        image: ImageFeatures,
+        draws: Draws,
+        text_NCF: Tensor | None = None,
+        rounding_weight: float | None = None,
+    ) -> dict[str, Tensor]:
+        """``rounding`` and ``loss``, which are the same: mean over all positions, [PAD] counted as 0."""
+        ids_BL = ids_NCL.flatten(0, 1).repeat_interleave(draws.t_B.shape[0] // ids_NCL[..., 0].numel(), dim=0)
+        hidden_BLD = self.network(ids_BL, image)
+        table_VD = self.network.embedding_matrix()
+        loss = rounding_loss(self.network.rounding_input(hidden_BLD), table_VD, ids_BL, ids_BL != self.pad_id)
+        return {"rounding": loss, "loss": loss}
+
+
+Objective = DiffusionObjective | AutoregressiveObjective
+
+
+def build_network(
+    config: Config, vocab_size: int, feature_widths: tuple[int, int | None]
+) -> Denoiser | AutoregressiveModel:
+    """The network of ``model.kind``, with fresh weights."""
+    kind = AutoregressiveModel if config.model.kind == "autoregressive" else Denoiser
+    return kind(config.model, vocab_size, config.data.max_length, feature_widths)
+
+
+def build_objective(network: Denoiser | AutoregressiveModel, config: Config, pad_id: int, mask_id: int) -> Objective:
+    """What ``network`` is trained by."""
+    if isinstance(network, AutoregressiveModel):
+        return AutoregressiveObjective(network, config.diffusion, pad_id)
+    return DiffusionObjective(network, config.diffusion, pad_id, mask_id)
 
 
 @dataclass(frozen=True)

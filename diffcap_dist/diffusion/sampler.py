@@ -1,12 +1,14 @@
-"""Samplers: from noise x_T to clean caption embeddings, each a pure function of a denoising function.
+"""Samplers: from noise to a caption, each a pure function of a denoising function.
 
-In: ``denoise(x_BLD, t, previous_x0_BLD) -> hat x0_BLD`` with t a float in (0, 1], and x_T. Out: the last hat x0_BLD.
-``on_step(step, t, x0_hat_BLD)`` sees every estimate on the way (the report draws captions emerging with it). Nothing
-here knows of images, tokens or guidance: those live in the function passed in.
+Continuous diffusion: ``denoise(x_BLD, t, previous_x0_BLD) -> hat x0_BLD`` with t a float in (0, 1], and x_T, give the
+last hat x0_BLD; ``on_step(step, t, x0_hat_BLD)`` sees every estimate on the way (the report draws them emerging with
+it). Masked diffusion: ``predict(ids_BL, t) -> logits_BLV`` gives ids_BL. Nothing here knows of images, embeddings or
+guidance: those live in the function passed in.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -17,6 +19,7 @@ from diffcap_dist.diffusion.schedule import NoiseSchedule
 Denoise = Callable[[Tensor, float, Tensor | None], Tensor]
 OnStep = Callable[[int, float, Tensor], None]
 Noise = Callable[[int], Tensor]
+Predict = Callable[[Tensor, float], Tensor]
 
 
 def ddim(
@@ -71,3 +74,44 @@ def x0_feedback(denoise: Denoise, x_BLD: Tensor, num_inference_steps: int, *, on
         if on_step is not None:
             on_step(step, t, x_BLD)
     return x_BLD
+
+
+def unmask(
+    predict: Predict,
+    ids_BL: Tensor,
+    open_BL: Tensor,
+    mask_id: int,
+    num_inference_steps: int,
+    *,
+    revise: bool = True,
+    choice: Noise | None = None,
+    on_step: Callable[[int, float, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """Absorbing-state diffusion backwards: all ``open_BL`` positions begin as ``mask_id``; each step writes words there
+    and leaves, of each row, the share 1 - step / steps of least confidence masked.
+
+    ``revise``: words written earlier can be masked again (mask-predict: Ghazvininejad et al. 2019, arXiv:1904.09324);
+    else a word stays once it has stayed (MaskGIT: Chang et al. 2022, arXiv:2202.04200). ``choice(step)`` is added to
+    the log-probabilities before the best is taken (Gumbel noise makes that a draw); confidence is the word's own
+    probability. ``on_step(step, t, ids_BL, confidence_BL)`` sees whole drafts. Positions that are not open keep their
+    ids.
+    """
+    if num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps is {num_inference_steps}; at least 1 is needed")
+    masked_BL = open_BL
+    confidence_BL = torch.ones(ids_BL.shape, device=ids_BL.device)
+    open_B1 = open_BL.sum(-1, keepdim=True)
+    for step in range(num_inference_steps):
+        t = 1.0 - step / num_inference_steps
+        probability_BLV = predict(ids_BL.masked_fill(masked_BL, mask_id), t).float().log_softmax(-1)
+        drawn_BL = (probability_BLV if choice is None else probability_BLV + choice(step)).argmax(-1)
+        drawn_confidence_BL = probability_BLV.gather(-1, drawn_BL[..., None])[..., 0].exp()
+        ids_BL = torch.where(masked_BL, drawn_BL, ids_BL)
+        confidence_BL = torch.where(masked_BL, drawn_confidence_BL, confidence_BL)
+        if on_step is not None:
+            on_step(step, t, ids_BL, confidence_BL)
+        left_B1 = (open_B1 * (1.0 - (step + 1) / num_inference_steps)).floor()
+        can_go_BL = open_BL if revise else masked_BL
+        rank_BL = confidence_BL.masked_fill(~can_go_BL, math.inf).argsort(dim=-1, stable=True).argsort(-1)
+        masked_BL = can_go_BL & (rank_BL < left_B1)
+    return ids_BL

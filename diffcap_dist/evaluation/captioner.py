@@ -1,6 +1,6 @@
-"""Captioner: image features -> captions, from a denoiser in training or from an exported folder.
+"""Captioner: image features -> captions, from a network in training or from an exported folder.
 
-In: a denoiser (or ``export/``: safetensors, config, tokenizer; no DeepSpeed) and sampler settings. Out: captions and,
+In: a network (or ``export/``: safetensors, config, tokenizer; no DeepSpeed) and sampler settings. Out: captions and,
 on request, the draft after every denoising step. The noise of a photo comes from its key and the sampler's seed, so a
 caption does not depend on the batch, the rank or the other photos.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -20,14 +21,15 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from diffcap_dist.config import Config, load_config, save_config
+from diffcap_dist.config import Config, SamplerConfig, load_config, save_config
 from diffcap_dist.data.captions import CaptionTokenizer
 from diffcap_dist.data.shard_format import FeatureInfo, atomic_write
-from diffcap_dist.diffusion.objective import position_noise
-from diffcap_dist.diffusion.sampler import ddim, x0_feedback
+from diffcap_dist.diffusion.objective import build_network, open_positions, position_noise
+from diffcap_dist.diffusion.sampler import ddim, unmask, x0_feedback
 from diffcap_dist.diffusion.schedule import NoiseSchedule
 from diffcap_dist.evaluation.protocol import consensus
 from diffcap_dist.evaluation.scores import count_caption, tokenize
+from diffcap_dist.model.autoregressive import AutoregressiveModel
 from diffcap_dist.model.denoiser import Denoiser, ImageFeatures
 from diffcap_dist.model.image_encoder import ImageEncoder
 
@@ -45,8 +47,8 @@ class Draft:
 class Captioner:
     """``caption(features, keys)`` with the settings of ``config.sampler``."""
 
-    def __init__(self, denoiser: Denoiser, config: Config, tokenizer: CaptionTokenizer) -> None:
-        self.denoiser, self.config, self.tokenizer = denoiser, config, tokenizer
+    def __init__(self, network: Denoiser | AutoregressiveModel, config: Config, tokenizer: CaptionTokenizer) -> None:
+        self.network, self.config, self.tokenizer = network, config, tokenizer
         self.schedule = NoiseSchedule(config.diffusion.schedule, config.diffusion.noise_scale)
 
     def caption(
@@ -60,70 +62,202 @@ class Captioner:
     def caption_ids(
         self, features: ImageFeatures, keys: Sequence[str], drafts: list[list[Draft]] | None = None
     ) -> Tensor:
-        """ids_BL as the denoiser leaves them, special tokens and repeats included; a photo's candidates together."""
-        sampler = self.config.sampler
-        denoise = _GuidedDenoiser(self.denoiser, features, sampler.guidance_scale)
-        shape = (sampler.candidates, self.config.data.max_length, self.denoiser.embedding_dim)
-        numbers = [_key_number(key) for key in keys]
-        device, dtype = features.pooled_NF.device, features.pooled_NF.dtype
+        """ids_BL as the network leaves them, special tokens and repeats included; a photo's candidates together."""
+        noise = _PhotoNoise(keys, self.config.sampler, features.pooled_NF)
+        if isinstance(self.network, AutoregressiveModel):
+            return self._left_to_right(self.network, features, noise, drafts)
+        denoise = _GuidedDenoiser(self.network, features, self.config.sampler.guidance_scale)
+        known = self._foretold(features) if self.network.length_head is not None else None
+        if self.config.diffusion.kind == "masked":
+            return self._unmasked(denoise, noise, known, drafts)
+        return self._denoised(denoise, noise, known, drafts)
 
-        def noise(purpose: str) -> Tensor:
-            return position_noise(sampler.seed, purpose, numbers, shape, device).flatten(0, 1).to(dtype)
+    def _denoised(
+        self, denoise: _GuidedDenoiser, noise: _PhotoNoise, known: _Known | None, drafts: list[list[Draft]] | None
+    ) -> Tensor:
+        """Continuous diffusion: Gaussian noise over the embeddings, denoised."""
+        sampler = self.config.sampler
+        shape = (self.config.data.max_length, denoise.network.embedding_dim)
 
         def on_step(step: int, t: float, _: Tensor) -> None:
             if drafts is not None:
-                self._record(drafts, step, t, denoise.logits_BLV, len(keys))
+                probability_BL, ids_BL = denoise.logits_BLV.float().softmax(dim=-1).max(dim=-1)
+                self._record(drafts, step, t, ids_BL if known is None else known.put(ids_BL), probability_BL)
 
+        if known is not None:
+            denoise = denoise.where(known)
         if sampler.name == "x0_feedback":
-            x0_feedback(denoise, noise("x_T"), sampler.num_inference_steps, on_step=on_step)
+            x0_feedback(denoise, noise("x_T", shape), sampler.num_inference_steps, on_step=on_step)
         else:
             ddim(
                 denoise,
-                noise("x_T"),
+                noise("x_T", shape),
                 self.schedule,
                 sampler.num_inference_steps,
                 time_difference=sampler.time_difference,
                 eta=sampler.eta,
-                noise=lambda step: noise(f"step {step}"),
+                noise=lambda step: noise(f"step {step}", shape),
                 on_step=on_step,
             )
-        return denoise.logits_BLV.argmax(dim=-1)
+        ids_BL = denoise.logits_BLV.argmax(dim=-1)
+        return ids_BL if known is None else known.put(ids_BL)
+
+    def _unmasked(
+        self, denoise: _GuidedDenoiser, noise: _PhotoNoise, known: _Known | None, drafts: list[list[Draft]] | None
+    ) -> Tensor:
+        """Masked diffusion: words written in the order of their confidence."""
+        sampler, mask_id, max_length = self.config.sampler, self.tokenizer.mask_id, self.config.data.max_length
+        rows = len(noise.numbers) * sampler.candidates
+        if known is None:
+            everywhere_BL = torch.ones(rows, max_length, dtype=torch.bool, device=noise.like.device)
+            known = _Known(everywhere_BL, torch.full_like(everywhere_BL, mask_id, dtype=torch.long))
+        never = [i for i in self.tokenizer.special_ids if i not in (self.tokenizer.sep_id, self.tokenizer.pad_id)]
+        if self.network.length_head is not None:
+            never = list(self.tokenizer.special_ids)
+        previous_x0_BLD: Tensor | None = None
+
+        def predict(ids_BL: Tensor, t: float) -> Tensor:
+            nonlocal previous_x0_BLD
+            x_BLD = denoise.network.embed(ids_BL).to(noise.like.dtype)
+            previous_x0_BLD = denoise(x_BLD, t, previous_x0_BLD)
+            return denoise.logits_BLV.index_fill(-1, torch.tensor(never, device=ids_BL.device), -math.inf)
+
+        def on_step(step: int, t: float, ids_BL: Tensor, confidence_BL: Tensor) -> None:
+            if drafts is not None:
+                self._record(drafts, step, t, ids_BL, confidence_BL)
+
+        shape = (max_length, denoise.network.vocab_size)
+        draw = sampler.temperature > 0
+        return unmask(
+            predict,
+            known.ids_BL,
+            known.open_BL,
+            mask_id,
+            sampler.num_inference_steps,
+            revise=sampler.revise,
+            choice=(lambda step: sampler.temperature * _gumbel(noise(f"step {step}", shape))) if draw else None,
+            on_step=on_step,
+        )
+
+    def _left_to_right(
+        self,
+        network: AutoregressiveModel,
+        features: ImageFeatures,
+        noise: _PhotoNoise,
+        drafts: list[list[Draft]] | None,
+    ) -> Tensor:
+        """The control: greedy, beam search or, at a temperature, drawn."""
+        sampler, tokenizer = self.config.sampler, self.tokenizer
+        shape, draw = (network.vocab_size,), sampler.temperature > 0
+
+        def choose(position: int, logits_BV: Tensor) -> Tensor:
+            return (logits_BV + sampler.temperature * _gumbel(noise(f"step {position}", shape))).argmax(-1)
+
+        ids_BL = network.write(
+            features,
+            tokenizer.sep_id,
+            tokenizer.pad_id,
+            sampler.num_beams,
+            [i for i in tokenizer.special_ids if i != tokenizer.sep_id],
+            choose if draw else None,
+            sampler.candidates,
+        )
+        if drafts is not None:
+            for position in range(int((ids_BL != tokenizer.pad_id).sum(-1).max())):
+                seen_BL = ids_BL.clone()
+                seen_BL[:, position + 1 :] = tokenizer.pad_id
+                self._record(drafts, position, 1 - position / network.max_length, seen_BL, torch.ones_like(seen_BL))
+        return ids_BL
+
+    def _foretold(self, features: ImageFeatures) -> _Known:
+        """How long each candidate is to be: candidate c of C takes the (c + 1/2) / C quantile of the length head's
+        distribution, one candidate its median."""
+        tokenizer, C = self.tokenizer, self.config.sampler.candidates
+        up_to_NL = self.network.length_logits(features).float().softmax(-1).cumsum(-1)
+        quantile_C = (torch.arange(C, device=up_to_NL.device) + 0.5) / C
+        lengths_NC = 1 + (up_to_NL[:, None] < quantile_C[None, :, None]).sum(-1).clamp(max=up_to_NL.shape[1] - 1)
+        lengths_B1 = lengths_NC.flatten()[:, None]
+        open_BL = open_positions(lengths_B1, up_to_NL.shape[1])
+        ids_BL = torch.full_like(open_BL, tokenizer.pad_id, dtype=torch.long)
+        return _Known(open_BL, ids_BL.scatter(1, lengths_B1 - 1, tokenizer.sep_id))
 
     def _texts(self, ids_BL: Tensor) -> list[str]:
         texts = self.tokenizer.decode(ids_BL.cpu().numpy())
         return [remove_repeats(text) for text in texts] if self.config.sampler.remove_repeats else texts
 
-    def _record(self, drafts: list[list[Draft]], step: int, t: float, logits_BLV: Tensor, photos: int) -> None:
-        first_NLV = logits_BLV[:: self.config.sampler.candidates]
+    def _record(self, drafts: list[list[Draft]], step: int, t: float, ids_BL: Tensor, confidence_BL: Tensor) -> None:
+        count = self.config.sampler.candidates
+        ids_NL, confidence_NL = ids_BL[::count], confidence_BL[::count]
         if not drafts:
-            drafts.extend([] for _ in range(photos))
-        probability_NL, ids_NL = first_NLV.float().softmax(dim=-1).max(dim=-1)
-        for draft, text, best_L, ids_L in zip(drafts, self._texts(ids_NL), probability_NL, ids_NL):
+            drafts.extend([] for _ in range(len(ids_NL)))
+        for draft, text, best_L, ids_L in zip(drafts, self._texts(ids_NL), confidence_NL, ids_NL):
             kept = self.tokenizer.word_positions(ids_L.tolist())
             confidence = [round(best_L[i].item(), 4) for i in kept]
             # Word pieces and removed repeats leave no one-to-one match: then no confidence is claimed.
             draft.append(Draft(step, t, text, confidence if len(kept) == len(text.split()) else []))
 
 
+@dataclass(frozen=True)
+class _Known:
+    """What is given at the start: ids_BL, but where ``open_BL``."""
+
+    open_BL: Tensor
+    ids_BL: Tensor
+
+    def put(self, ids_BL: Tensor) -> Tensor:
+        return torch.where(self.open_BL, ids_BL, self.ids_BL)
+
+
+class _PhotoNoise:
+    """Gaussian noise (B, *shape) for a purpose: a function of the photo's key and the sampler's seed alone."""
+
+    def __init__(self, keys: Sequence[str], sampler: SamplerConfig, like: Tensor) -> None:
+        self.numbers, self.sampler, self.like = [_key_number(key) for key in keys], sampler, like
+
+    def __call__(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
+        shape = (self.sampler.candidates, *shape)
+        noise = position_noise(self.sampler.seed, purpose, self.numbers, shape, self.like.device)
+        return noise.flatten(0, 1).to(self.like.dtype)
+
+
+def _gumbel(noise: Tensor) -> Tensor:
+    """Standard Gumbel noise of standard normal noise."""
+    uniform = torch.special.ndtr(noise.double()).clamp(1e-12, 1 - 1e-12)
+    return -torch.log(-torch.log(uniform)).to(noise.dtype)
+
+
 class _GuidedDenoiser:
     """The ``denoise`` function of the samplers: the denoiser with classifier-free guidance (Ho & Salimans 2022).
 
-    hidden = without + scale (with - without), where "without" hides the image. Keeps the last logits_BLV.
+    hidden = without + scale (with - without), where "without" hides the image. Keeps the last logits_BLV. Where there
+    are ``known`` positions, they are clean in what it sees and in what it gives.
     """
 
-    def __init__(self, denoiser: Denoiser, features: ImageFeatures, guidance_scale: float) -> None:
-        self.denoiser, self.features, self.guidance_scale = denoiser, features, guidance_scale
+    def __init__(
+        self, network: Denoiser, features: ImageFeatures, guidance_scale: float, known: _Known | None = None
+    ) -> None:
+        self.network, self.features, self.guidance_scale, self.known = network, features, guidance_scale, known
         self.logits_BLV = torch.empty(0)
 
+    def where(self, known: _Known) -> _GuidedDenoiser:
+        return _GuidedDenoiser(self.network, self.features, self.guidance_scale, known)
+
     def __call__(self, x_BLD: Tensor, t: float, previous_x0_BLD: Tensor | None) -> Tensor:
+        x_BLD = self._with_known(x_BLD)
         t_B = torch.full(x_BLD.shape[:1], t, device=x_BLD.device)
-        hidden_BLD = self.denoiser(x_BLD, t_B, self.features, previous_x0_BLD)
+        hidden_BLD = self.network(x_BLD, t_B, self.features, previous_x0_BLD)
         if self.guidance_scale != 1.0:
             hide_N = torch.ones(len(self.features.pooled_NF), dtype=torch.bool, device=x_BLD.device)
-            without_BLD = self.denoiser(x_BLD, t_B, self.features, previous_x0_BLD, hide_N)
+            without_BLD = self.network(x_BLD, t_B, self.features, previous_x0_BLD, hide_N)
             hidden_BLD = without_BLD + self.guidance_scale * (hidden_BLD - without_BLD)
-        self.logits_BLV = self.denoiser.logits(hidden_BLD)
-        return self.denoiser.clean_estimate(hidden_BLD, self.logits_BLV)
+        self.logits_BLV = self.network.logits(hidden_BLD)
+        return self._with_known(self.network.clean_estimate(hidden_BLD, self.logits_BLV))
+
+    def _with_known(self, x_BLD: Tensor) -> Tensor:
+        if self.known is None:
+            return x_BLD
+        clean_BLD = self.network.embed(self.known.ids_BL).to(x_BLD.dtype)
+        return torch.where(self.known.open_BL[..., None], x_BLD, clean_BLD)
 
 
 def remove_repeats(text: str) -> str:
@@ -134,18 +268,18 @@ def remove_repeats(text: str) -> str:
 def export_captioner(
     folder: Path,
     state: dict[str, Tensor],
-    denoiser: Denoiser,
+    network: Denoiser | AutoregressiveModel,
     config: Config,
     tokenizer: CaptionTokenizer,
     about: dict,
 ) -> None:
-    """Write everything ``load_captioner`` needs; ``state`` is the denoiser's whole state, ``about`` goes to about.json.
+    """Write everything ``load_captioner`` needs; ``state`` is the network's whole state, ``about`` goes to about.json.
 
     The weights come last and by rename: an export is either the old one or the new one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder / "tokenizer")
-    save_config(_standalone(config, denoiser), folder / "config.yaml")
+    save_config(_standalone(config, network), folder / "config.yaml")
     atomic_write(folder / "about.json", json.dumps(about, indent=2).encode())
     atomic_write(folder / "model.safetensors", save({name: t.contiguous() for name, t in state.items()}))
 
@@ -157,10 +291,10 @@ def load_captioner(folder: Path, overrides: Sequence[str] = (), device: torch.de
     config = load_config(folder / "config.yaml", overrides)
     tokenizer = CaptionTokenizer.load(str(folder / "tokenizer"))
     pooled, patches = about_export(folder)["feature_widths"]
-    denoiser = Denoiser(config.model, tokenizer.vocab_size, config.data.max_length, (pooled, patches))
-    denoiser.load_state_dict(load_file(folder / "model.safetensors"))
-    denoiser.eval().requires_grad_(False)
-    return Captioner(denoiser.to(device or torch.device("cpu")), config, tokenizer)
+    network = build_network(config, tokenizer.vocab_size, (pooled, patches))
+    network.load_state_dict(load_file(folder / "model.safetensors"))
+    network.eval().requires_grad_(False)
+    return Captioner(network.to(device or torch.device("cpu")), config, tokenizer)
 
 
 def about_export(folder: Path) -> dict:
@@ -194,13 +328,13 @@ def feature_identity(info: FeatureInfo | None, encoder: ImageEncoder | None) -> 
     return {"features": encoder.name, "encoder_sha256": encoder.weights_sha256}
 
 
-def _standalone(config: Config, denoiser: Denoiser) -> Config:
+def _standalone(config: Config, network: Denoiser) -> Config:
     """The config with the sizes of a pretrained body written out: the exported weights replace its values."""
-    config, body = copy.deepcopy(config), denoiser.body.config
+    config, body = copy.deepcopy(config), network.body.config
     model = config.model
     model.body = model.embeddings = "random"
     model.width, model.num_layers, model.num_heads = body.dim, body.n_layers, body.n_heads
-    model.ffn_width, model.embedding_dim = body.hidden_dim, denoiser.embedding_dim
+    model.ffn_width, model.embedding_dim = body.hidden_dim, network.embedding_dim
     return config
 
 

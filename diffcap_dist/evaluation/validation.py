@@ -14,7 +14,7 @@ import torch
 from diffcap_dist.data.captions import CaptionTokenizer
 from diffcap_dist.data.shard_format import references_of
 from diffcap_dist.data.stream import Photo, ShardReader, evaluation_photos
-from diffcap_dist.diffusion.objective import DiffusionObjective, Draws
+from diffcap_dist.diffusion.objective import Draws, Objective
 from diffcap_dist.evaluation.captioner import Captioner
 from diffcap_dist.evaluation.scene_facts import scene_scores
 from diffcap_dist.evaluation.scores import score_captions
@@ -60,7 +60,7 @@ class Validation:
         self.num_photos = total - total % ranks.world_size
         self.photos = list(evaluation_photos(reader, ranks.rank, ranks.world_size, self.num_photos))
 
-    def run(self, objective: DiffusionObjective, captioner: Captioner, dtype: torch.dtype) -> dict[str, float]:
+    def run(self, objective: Objective, captioner: Captioner, dtype: torch.dtype) -> dict[str, float]:
         """``val_loss`` and scores. The captions' noise and the times depend on the photo alone."""
         losses: list[float] = []
         captions: dict[str, str] = {}
@@ -79,13 +79,14 @@ class Validation:
             yield start, self.photos[start : start + BATCH_PHOTOS]
 
     @torch.no_grad()
-    def _loss(self, objective: DiffusionObjective, photos: list[Photo], features: ImageFeatures, start: int) -> float:
-        denoiser = objective.denoiser
+    def _loss(self, objective: Objective, photos: list[Photo], features: ImageFeatures, start: int) -> float:
         captions = [photo.record["captions"][0] for photo in photos]
-        ids_NL = torch.from_numpy(self.tokenizer.encode(captions, denoiser.max_length)[0]).to(self.ranks.device)
+        ids_NL = torch.from_numpy(self.tokenizer.encode(captions, objective.network.max_length)[0]).to(
+            self.ranks.device
+        )
         world = self.ranks.world_size
         positions = [(start + i) * world + self.ranks.rank for i in range(len(photos))]
-        shape = (denoiser.max_length, denoiser.embedding_dim)
+        shape = objective.noise_shape
         draws = Draws.at(positions, 1, ROWS_PER_PHOTO, shape, self.seed, 0, objective.config, self.ranks.device)
         draws = dataclasses.replace(
             draws, image_dropped_N=torch.zeros_like(draws.image_dropped_N), self_condition=False

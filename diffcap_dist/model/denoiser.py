@@ -80,6 +80,9 @@ class Denoiser(nn.Module):
                 f"model.x0_from=head gives vectors of the body's width {H}, the embeddings have {self.embedding_dim}: "
                 "set model.embedding_dim and model.width alike"
             )
+        self.length_head = (
+            nn.Sequential(nn.Linear(H, H), nn.GELU(), nn.Linear(H, max_length)) if config.length_head else None
+        )
         self._init_new_weights()
 
     def embed(self, ids_BL: Tensor) -> Tensor:
@@ -153,6 +156,14 @@ class Denoiser(nn.Module):
         if guide is not None:
             mask_BS[:, -1] = guide.kept_B
         return tokens_BSH, mask_BS
+
+    def length_logits(self, image: ImageFeatures) -> Tensor:
+        """logits_NL of how many tokens a caption of each photo has, [SEP] among them: 1 .. L.
+
+        Non-autoregressive translation does the same (Ghazvininejad et al. 2019, arXiv:1904.09324, section 3.3).
+        """
+        assert self.length_head is not None
+        return self.length_head(self._image_tokens(image, None).mean(dim=1))
 
     def rounding_input(self, hidden_BLD: Tensor) -> Tensor:
         """What is multiplied with the embedding matrix to give logits."""
