@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from diffcap_dist import caption as caption_command
-from diffcap_dist.config import Config, DataConfig, ModelConfig, SamplerConfig
+from diffcap_dist.config import Config, DataConfig, DiffusionConfig, ModelConfig, SamplerConfig
 from diffcap_dist.data.captions import CaptionTokenizer
+from diffcap_dist.diffusion.objective import build_network
 from diffcap_dist.evaluation.captioner import Captioner, Draft, export_captioner, load_captioner, remove_repeats
 from diffcap_dist.model.denoiser import Denoiser, ImageFeatures
 
@@ -40,6 +41,33 @@ def with_sampler(captioner: Captioner, **changes: object) -> Captioner:
     return Captioner(captioner.network, dataclasses.replace(captioner.config, sampler=sampler), TOKENIZER)
 
 
+KINDS = {
+    "continuous, lengths foretold": (ModelConfig(length_head=True), DiffusionConfig()),
+    "masked": (ModelConfig(), DiffusionConfig(kind="masked")),
+    "masked, lengths foretold": (ModelConfig(length_head=True), DiffusionConfig(kind="masked")),
+    "autoregressive": (ModelConfig(kind="autoregressive"), DiffusionConfig()),
+}
+
+
+def captioner_of(kind: str, **sampler: object) -> Captioner:
+    model, diffusion = KINDS[kind]
+    small = {"width": 32, "num_layers": 2, "num_heads": 2, "ffn_width": 32, "embedding_dim": 16}
+    config = Config(
+        run_dir="r",
+        data=DataConfig(shards="s", max_length=8),
+        model=dataclasses.replace(model, **small),  # type: ignore[arg-type]
+        diffusion=diffusion,
+        sampler=SamplerConfig(num_inference_steps=4, **sampler),  # type: ignore[arg-type]
+    )
+    torch.manual_seed(0)
+    network = build_network(config, TOKENIZER.vocab_size, (10, None)).eval()
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            if weight.ndim == 2:
+                weight.normal_(std=0.5, generator=torch.Generator().manual_seed(len(name)))
+    return Captioner(network, config, TOKENIZER)
+
+
 PHOTOS = torch.randn(6, 10, generator=torch.Generator().manual_seed(2))
 KEYS = [f"photo{i}" for i in range(6)]
 
@@ -52,6 +80,48 @@ def test_a_caption_depends_on_its_photo_alone(captioner: Captioner, changes: dic
     backwards = captioner.caption(ImageFeatures(PHOTOS.flip(0)), KEYS[::-1])[::-1]
     assert together == apart == backwards
     assert len(set(together)) > 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sampler", [{}, {"temperature": 1.0}, {"candidates": 3, "temperature": 1.0}, {"num_beams": 2}])
+def test_each_kind_captions_a_photo_for_itself(kind: str, sampler: dict) -> None:
+    captioner = captioner_of(kind, **sampler)
+    together = captioner.caption(ImageFeatures(PHOTOS), KEYS)
+    apart = [captioner.caption(ImageFeatures(PHOTOS[i : i + 1]), [KEYS[i]])[0] for i in range(6)]
+    assert together == apart
+    drafts: list[list[Draft]] = []
+    captioner.caption(ImageFeatures(PHOTOS), KEYS, drafts)
+    if captioner.config.sampler.candidates == 1:
+        assert [part[-1].caption for part in drafts] == together
+    if sampler.get("temperature") and kind != "continuous, lengths foretold":
+        assert captioner_of(kind, **sampler, seed=1).caption(ImageFeatures(PHOTOS), KEYS) != together
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_is_exported_and_loaded(kind: str, tmp_path: Path) -> None:
+    captioner = captioner_of(kind)
+    about = {"step": 3, "feature_widths": [10, None], "features": "f", "encoder_sha256": None}
+    export_captioner(
+        tmp_path / "export", captioner.network.state_dict(), captioner.network, captioner.config, TOKENIZER, about
+    )
+    again = load_captioner(tmp_path / "export")
+    assert again.caption(ImageFeatures(PHOTOS), KEYS) == captioner.caption(ImageFeatures(PHOTOS), KEYS)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "foretold" in kind])
+def test_the_length_comes_from_the_photo_alone(kind: str) -> None:
+    """Candidates of a photo take quantiles of the length head's distribution, and every caption has its length."""
+    captioner = captioner_of(kind, candidates=4)
+    ids_BL = captioner.caption_ids(ImageFeatures(PHOTOS), KEYS)
+    found = (ids_BL != TOKENIZER.pad_id).sum(-1).view(6, 4)
+    up_to_NL = captioner.network.length_logits(ImageFeatures(PHOTOS)).softmax(-1).cumsum(-1)
+    for photo in range(6):
+        expected = [1 + int((up_to_NL[photo] < (c + 0.5) / 4).sum()) for c in range(4)]
+        assert found[photo].tolist() == expected
+    assert (ids_BL.gather(1, found.view(-1, 1) - 1) == TOKENIZER.sep_id).all()
+    specials = torch.isin(ids_BL, torch.tensor(sorted(TOKENIZER.special_ids)))
+    if kind.startswith("masked"):
+        assert specials.sum(-1).tolist() == (8 - found.flatten() + 1).tolist()  # [SEP] and [PAD] only
 
 
 def test_the_seed_and_the_key_choose_the_noise(captioner: Captioner) -> None:

@@ -255,3 +255,72 @@ def test_a_pretrained_body_and_table_are_loaded(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="40 words, the tokenizer 41"):
         Denoiser(dataclasses.replace(SMALL, embeddings=str(tmp_path)), V + 1, L, (10, None))
+
+
+# ---- masked diffusion and known lengths ----
+
+MASKED = DiffusionConfig(kind="masked", image_drop_rate=0.0)
+PAD, MASK = 0, V - 1
+
+
+def captions_of(lengths: list[int]) -> Tensor:
+    """ids_N1L: words, [SEP] (1) as the last of so many tokens, [PAD] behind it."""
+    ids = torch.randint(2, V - 1, (len(lengths), 1, L), generator=torch.Generator().manual_seed(4))
+    for row, length in zip(ids, lengths):
+        row[0, length - 1], row[0, length:] = 1, PAD
+    return ids
+
+
+def test_masks_cover_the_share_t_and_only_masked_words_are_learned() -> None:
+    denoiser = small_denoiser(self_conditioning=False)
+    objective = DiffusionObjective(denoiser, MASKED, PAD, MASK)
+    seen: list[tuple[Tensor, Tensor]] = []
+    denoiser.register_forward_hook(lambda module, given, hidden: seen.append((given[0], hidden)))
+    ids_NCL = captions_of([L] * 40 + [3] * 23)
+    draws = Draws.at(list(range(63)), 1, 1, objective.noise_shape, 0, 0, MASKED, CPU)
+    terms = objective(ids_NCL, features(photos=63), draws)
+    (x_BLD, hidden_BLD), ids_BL = seen[0], ids_NCL[:, 0]
+    masked_BL = (x_BLD == denoiser.embed(torch.tensor(MASK))).all(-1)
+    torch.testing.assert_close(x_BLD[~masked_BL], denoiser.embed(ids_BL)[~masked_BL])
+    assert masked_BL.float().mean().item() == pytest.approx(draws.t_B.mean().item(), abs=0.06)
+    low, high = draws.t_B < 0.3, draws.t_B > 0.7
+    assert masked_BL[low].float().mean() < 0.3 and masked_BL[high].float().mean() > 0.7
+    each = F.cross_entropy(denoiser.logits(hidden_BLD).transpose(1, 2), ids_BL, reduction="none")
+    torch.testing.assert_close(terms["rounding"], (each * masked_BL).mean())
+
+
+@pytest.mark.parametrize("kind", ["continuous", "masked"])
+def test_where_the_length_is_foretold_only_words_are_hidden(kind: str) -> None:
+    config = dataclasses.replace(MASKED, kind=kind)
+    denoiser = small_denoiser(self_conditioning=False, length_head=True)
+    objective = DiffusionObjective(denoiser, config, PAD, MASK)
+    seen: list[Tensor] = []
+    denoiser.register_forward_hook(lambda module, given, hidden: seen.append(given[0]))
+    ids_NCL = captions_of([L, 4, 1])
+    draws = Draws.at([0, 1, 2], 1, 1, objective.noise_shape, 0, 0, config, CPU)
+    draws = dataclasses.replace(draws, t_B=torch.full((3,), 0.999))
+    terms = objective(ids_NCL, features(photos=3), draws)
+    clean_BL = (seen[0] == denoiser.embed(ids_NCL[:, 0])).all(-1)
+    assert clean_BL.tolist() == [[place >= length - 1 for place in range(L)] for length in (L, 4, 1)]
+    length = F.cross_entropy(denoiser.length_logits(features(photos=3)), torch.tensor([L, 4, 1]) - 1)
+    torch.testing.assert_close(terms["length"], length)
+    torch.testing.assert_close(terms["loss"], terms["rounding"] + 0.1 * length)
+
+
+@pytest.mark.parametrize("kind", ["continuous", "masked"])
+def test_a_batchs_loss_is_the_mean_of_its_parts(kind: str) -> None:
+    """So it is the same on any number of ranks, though each masks another number of words."""
+    config = dataclasses.replace(MASKED, kind=kind)
+    objective = DiffusionObjective(small_denoiser(self_conditioning=False, length_head=True), config, PAD, MASK)
+    ids_NCL, image = captions_of([L, 4, 1, 2]), features(photos=4)
+
+    def loss(photos: slice) -> Tensor:
+        draws = Draws.at([5, 6, 7, 8][photos], 1, 1, objective.noise_shape, 0, 0, config, CPU)
+        assert image.patches_NPF is not None
+        return objective(ids_NCL[photos], ImageFeatures(image.pooled_NF[photos], image.patches_NPF[photos]), draws)[
+            "loss"
+        ]
+
+    parts = torch.stack([loss(slice(i, i + 1)) for i in range(4)])
+    torch.testing.assert_close(loss(slice(0, 4)), parts.mean())
+    parts.sum().backward()  # a row without a masked word has a loss (0) and gradients too

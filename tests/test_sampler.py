@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffcap_dist.diffusion.sampler import ddim, x0_feedback
+from diffcap_dist.diffusion.sampler import ddim, unmask, x0_feedback
 from diffcap_dist.diffusion.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule("cosine", 2.0)
@@ -98,3 +98,73 @@ def test_bad_input_is_named() -> None:
         ddim(gaussian_denoiser(0, 1), torch.zeros(1, 1, 1), SCHEDULE, 0)
     with pytest.raises(ValueError, match="fresh noise"):
         ddim(gaussian_denoiser(0, 1), torch.zeros(1, 1, 1), SCHEDULE, 2, eta=0.5)
+
+
+# ---- masked diffusion ----
+
+MASK = 9
+
+
+def certain(words_BL: Tensor, confidence_BL: Tensor, seen: list[Tensor] | None = None):  # type: ignore[no-untyped-def]
+    """Predicts ``words_BL``, each with its given probability; the rest of it goes to word 8."""
+
+    def predict(ids_BL: Tensor, t: float) -> Tensor:
+        if seen is not None:
+            seen.append(ids_BL.clone())
+        probability = torch.full((*words_BL.shape, 9), 1e-9)
+        probability.scatter_(-1, words_BL[..., None], confidence_BL[..., None])
+        probability[..., 8] = 1 - confidence_BL
+        return probability.log()
+
+    return predict
+
+
+@pytest.mark.parametrize("revise", [True, False])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+def test_a_certain_predictor_is_believed_where_it_may_write(steps: int, revise: bool) -> None:
+    words = torch.randint(0, 8, (4, 6))
+    open_BL = torch.tensor([[True] * n + [False] * (6 - n) for n in (6, 4, 1, 0)])
+    given = torch.full((4, 6), 7)
+    ids = unmask(certain(words, torch.full((4, 6), 0.9)), given, open_BL, MASK, steps, revise=revise)
+    assert torch.equal(ids, torch.where(open_BL, words, given))
+
+
+def test_the_most_confident_words_are_written_first() -> None:
+    words, confidence = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[0.6, 0.9, 0.7, 0.8]])
+    seen: list[Tensor] = []
+    unmask(certain(words, confidence, seen), torch.zeros(1, 4).long(), torch.ones(1, 4, dtype=torch.bool), MASK, 4)
+    M = MASK
+    assert [ids.tolist()[0] for ids in seen] == [[M, M, M, M], [M, 2, M, M], [M, 2, M, 4], [M, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("revise", [True, False])
+def test_a_word_of_little_confidence_is_written_again(revise: bool) -> None:
+    """Word 0 is written first, at 0.5; the others are then surer, and in their sight it becomes another word."""
+
+    def predict(ids_BL: Tensor, t: float) -> Tensor:
+        alone = [[0.5, 0.4, 0.1], [0.3, 0.4, 0.3], [0.3, 0.4, 0.3]]
+        together = [[0.2, 0.1, 0.7], [0.05, 0.9, 0.05], [0.1, 0.8, 0.1]]
+        return torch.tensor([alone if ids_BL.eq(MASK).all() else together]).log()
+
+    seen: list[list[int]] = []
+    unmask(
+        predict,
+        torch.zeros(1, 3).long(),
+        torch.ones(1, 3, dtype=torch.bool),
+        MASK,
+        3,
+        revise=revise,
+        on_step=lambda step, t, ids_BL, confidence_BL: seen.append(ids_BL[0].tolist()),
+    )
+    assert seen == [[0, 1, 1], [0, 1, 1], [2, 1, 1] if revise else [0, 1, 1]]
+
+
+def test_choice_makes_a_draw() -> None:
+    probability = torch.tensor([0.7, 0.2, 0.1])
+    predict = lambda ids_BL, t: probability.log().expand(*ids_BL.shape, 3)  # noqa: E731
+    torch.manual_seed(0)
+    gumbel = -torch.log(-torch.log(torch.rand(20000, 1, 3)))
+    ids = unmask(
+        predict, torch.zeros(20000, 1).long(), torch.ones(20000, 1, dtype=torch.bool), MASK, 1, choice=lambda s: gumbel
+    )
+    torch.testing.assert_close(ids.flatten().bincount() / 20000, probability, atol=0.015, rtol=0)

@@ -37,12 +37,13 @@ class AutoregressiveModel(Denoiser):
             text_token=False,
         )
         super().__init__(config, vocab_size, max_length, feature_widths)
-        self.begin = nn.Parameter(torch.randn(self.embedding_dim) * (config.embedding_std or 1.0))
+        self.begin = nn.Embedding(1, self.embedding_dim)  # stands before the first word
+        nn.init.normal_(self.begin.weight, std=config.embedding_std or 1.0)
 
     def forward(self, ids_BL: Tensor, image: ImageFeatures) -> Tensor:  # type: ignore[override]
         """hidden_BLD: at position i, what foretells word i. Rows of one photo stand together, as in the denoiser."""
         B, L = ids_BL.shape
-        words_BLD = torch.cat([self.begin.expand(B, 1, -1), self.embed(ids_BL[:, :-1])], dim=1)
+        words_BLD = torch.cat([self._begin(B)[:, None], self.embed(ids_BL[:, :-1])], dim=1)
         photo_BPH = self._photo_tokens(image, B)
         tokens_BSH = torch.cat([self._word_tokens(words_BLD.to(photo_BPH.dtype)), photo_BPH], dim=1)
         sees_SS = torch.ones(tokens_BSH.shape[1], tokens_BSH.shape[1], dtype=torch.bool, device=ids_BL.device)
@@ -54,14 +55,18 @@ class AutoregressiveModel(Denoiser):
             hidden_BSH = layer(hidden_BSH, hides_11SS)
         return self.output_projection(hidden_BSH[:, :L])
 
+    def _begin(self, rows: int) -> Tensor:
+        return self.begin(torch.zeros(rows, dtype=torch.long, device=self.begin.weight.device))
+
     def _photo_tokens(self, image: ImageFeatures, rows: int) -> Tensor:
         assert self.segments is not None
-        tokens_NPH = self._image_tokens(image, None) + self.segments.weight[1]
+        tokens_NPH = self._image_tokens(image, None)
+        tokens_NPH = tokens_NPH + self.segments(torch.ones_like(tokens_NPH[..., 0], dtype=torch.long))
         return tokens_NPH.repeat_interleave(rows // len(tokens_NPH), dim=0)
 
     def _word_tokens(self, words_BLD: Tensor) -> Tensor:
         assert self.segments is not None
-        return self.input_projection(words_BLD) + self.segments.weight[0]
+        return self.input_projection(words_BLD) + self.segments(torch.zeros_like(words_BLD[..., 0], dtype=torch.long))
 
     @torch.no_grad()
     def write(
@@ -85,7 +90,7 @@ class AutoregressiveModel(Denoiser):
         ids_BL = torch.full((rows * k, self.max_length), pad_id, device=image.pooled_NF.device)
         score_B = torch.zeros(rows * k, device=ids_BL.device)
         ended_B = torch.zeros_like(score_B, dtype=torch.bool)
-        word_BD = self.begin.expand(rows * k, -1)
+        word_BD = self._begin(rows * k)
         for position in range(self.max_length):
             logits_BV = self.logits(cache.next(word_BD, position)).float()
             logits_BV[:, [*never, pad_id]] = -math.inf
