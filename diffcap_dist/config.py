@@ -43,6 +43,9 @@ class DataConfig:
     min_word_count: int = 1  # for 'words': rarer words become [UNK]
     max_length: int = 24  # L; 1.7% of Flickr8k captions are longer, 26% at the paper's 16
     begin_token: bool = False  # caption rows begin with [CLS], as the paper's do
+    captions: str = (
+        ""  # JSON lines {key, captions} to train on instead of the shards' own (a teacher's: diffcap distill)
+    )
     captions_per_image: int = 1  # captions of a photo used at each visit; the next visit goes on with the next ones
     canonical_spans: int = 64
     shuffle_window: int = 4096
@@ -73,6 +76,7 @@ class ModelConfig:
 
     kind: Literal["denoiser", "autoregressive"] = "denoiser"  # autoregressive: the same body, left to right
     body: str = "random"  # 'random', or a Hugging Face id / folder of a DistilBERT
+    init_from: str = ""  # a run of the same sizes (of any kind), whose weights are begun with
     width: int = 768
     num_layers: int = 6
     num_heads: int = 12

@@ -30,7 +30,7 @@ from diffcap_dist.data.captions import CaptionTokenizer
 from diffcap_dist.data.shard_format import ShardDamage
 from diffcap_dist.data.stream import Batch, CaptionStream, Damage, ShardReader, all_records
 from diffcap_dist.diffusion.objective import Draws, build_network, build_objective
-from diffcap_dist.evaluation.captioner import Captioner, export_captioner, feature_identity
+from diffcap_dist.evaluation.captioner import Captioner, begin_with, export_captioner, feature_identity
 from diffcap_dist.evaluation.validation import Validation
 from diffcap_dist.model.denoiser import ImageFeatures
 from diffcap_dist.model.image_encoder import ImageEncoder, slug
@@ -107,6 +107,7 @@ class Trainer:
         torch.manual_seed(config.seed)  # the same first weights on every rank
         tokenizer = self.data.tokenizer
         network = build_network(config, tokenizer.vocab_size, self.data.feature_widths)
+        self.new_weights = begin_with(network, Path(config.model.init_from)) if config.model.init_from else []
         self.objective = build_objective(network, config, tokenizer.pad_id, tokenizer.mask_id)
         self.parameters = {
             "trainable": sum(p.numel() for p in self.objective.parameters() if p.requires_grad),
@@ -365,6 +366,8 @@ class Trainer:
             "spread": f"ZeRO stage {training.zero_stage} over {self.ranks.world_size} ranks on"
             f" {self.ranks.device.type}, {torch.get_num_threads()} threads each",
         }
+        if self.config.model.init_from:
+            facts["begun with"] = f"{self.config.model.init_from}; new: {', '.join(self.new_weights) or 'nothing'}"
         for name, value in facts.items():
             log.info("%-11s %s", name, value)
         self.run_dir.log({"kind": "start", "step": self.state.step, **facts})

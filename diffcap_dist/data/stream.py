@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
+import json
 import math
 import os
 import signal
@@ -221,11 +222,12 @@ class _Positions(Dataset):
     ) -> None:
         self.reader, self.order, self.tokenizer = reader, order, tokenizer
         self.config, self.seed = config, seed
+        self.other_captions = read_captions(Path(config.captions)) if config.captions else None
 
     def __getitem__(self, position: int) -> Sample:
         place = self.order.sample_at(position)
         photo, damages = self._readable(position, place)
-        captions = chosen_captions(photo.record["captions"], self.config.captions_per_image, self.seed, place)
+        captions = chosen_captions(self._captions_of(photo), self.config.captions_per_image, self.seed, place)
         if photo.image_CHW is not None:
             image_CHW, captions = augmented(photo.image_CHW, captions, position, self.config, self.seed)
             photo = photo._replace(image_CHW=image_CHW)
@@ -246,6 +248,13 @@ class _Positions(Dataset):
             _stack([photo.patches_PF for photo in photos]),
             [damage for some in damages for damage in some],
         )
+
+    def _captions_of(self, photo: Photo) -> list[str]:
+        if self.other_captions is None:
+            return photo.record["captions"]
+        if photo.key not in self.other_captions:
+            raise ValueError(f"data.captions={self.config.captions} has no captions for {photo.key}: make it anew")
+        return self.other_captions[photo.key]
 
     def _readable(self, position: int, place: Place) -> tuple[Photo, list[Damage]]:
         damages: list[Damage] = []
@@ -386,6 +395,24 @@ def all_records(reader: ShardReader, damages: list[ShardDamage] | None = None) -
                 if damages is None:
                     raise
                 damages.append(damage)
+
+
+def read_captions(path: Path) -> dict[str, list[str]]:
+    """Captions by key, of JSON lines {"key": ..., "captions": [...]}. ValueError names a line that is none."""
+    if not path.is_file():
+        raise ValueError(f"data.captions: no such file: {path}")
+    found: dict[str, list[str]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+            key, captions = entry["key"], entry["captions"]
+            wrong = not captions or not all(isinstance(caption, str) for caption in captions)
+        except (ValueError, KeyError, TypeError):
+            wrong = True
+        if wrong:
+            raise ValueError(f'{path}, line {number}: expected {{"key": ..., "captions": [...]}}, got {line[:80]!r}')
+        found[key] = captions
+    return found
 
 
 def chosen_captions(captions: Sequence[str], count: int, seed: int, place: Place) -> list[str]:

@@ -297,6 +297,24 @@ def load_captioner(folder: Path, overrides: Sequence[str] = (), device: torch.de
     return Captioner(network.to(device or torch.device("cpu")), config, tokenizer)
 
 
+def begin_with(network: Denoiser, run: Path) -> list[str]:
+    """Give ``network`` the weights of the same name and shape of a run's captioner; the names that it has no others of.
+
+    Raises ValueError where the body's don't fit: the sizes differ, or the vocabulary does.
+    """
+    folder = run / "export" if (run / "export").is_dir() else run
+    if not (folder / "model.safetensors").is_file():
+        raise ValueError(f"model.init_from={run}: no exported captioner (model.safetensors) there")
+    found, own = load_file(folder / "model.safetensors"), network.state_dict()
+    fitting = {name: tensor for name, tensor in found.items() if name in own and own[name].shape == tensor.shape}
+    for name in own:
+        if name not in fitting and (name.startswith("body.") or name == "word_embeddings"):
+            given = f"shape {tuple(found[name].shape)}" if name in found else "nothing of that name"
+            raise ValueError(f"model.init_from={run}: {name} has shape {tuple(own[name].shape)} here, {given} there")
+    network.load_state_dict(fitting, strict=False)
+    return sorted(set(own) - set(fitting))
+
+
 def about_export(folder: Path) -> dict:
     """What ``export_captioner`` was told: step, validation scores, feature widths, the encoder of the features."""
     return json.loads((folder / "about.json").read_text())
@@ -333,6 +351,7 @@ def _standalone(config: Config, network: Denoiser) -> Config:
     config, body = copy.deepcopy(config), network.body.config
     model = config.model
     model.body = model.embeddings = "random"
+    model.init_from = ""
     model.width, model.num_layers, model.num_heads = body.dim, body.n_layers, body.n_heads
     model.ffn_width, model.embedding_dim = body.hidden_dim, network.embedding_dim
     return config
