@@ -14,7 +14,14 @@ from diffcap_dist import caption as caption_command
 from diffcap_dist.config import Config, DataConfig, DiffusionConfig, ModelConfig, SamplerConfig
 from diffcap_dist.data.captions import CaptionTokenizer
 from diffcap_dist.diffusion.objective import build_network
-from diffcap_dist.evaluation.captioner import Captioner, Draft, export_captioner, load_captioner, remove_repeats
+from diffcap_dist.evaluation.captioner import (
+    Captioner,
+    Draft,
+    begin_with,
+    export_captioner,
+    load_captioner,
+    remove_repeats,
+)
 from diffcap_dist.model.denoiser import Denoiser, ImageFeatures
 
 TOKENIZER = CaptionTokenizer.from_captions(["a small red circle above a large blue star on the green grass"])
@@ -106,6 +113,28 @@ def test_each_kind_is_exported_and_loaded(kind: str, tmp_path: Path) -> None:
     )
     again = load_captioner(tmp_path / "export")
     assert again.caption(ImageFeatures(PHOTOS), KEYS) == captioner.caption(ImageFeatures(PHOTOS), KEYS)
+
+
+def test_a_network_begins_with_the_weights_of_another_kind(tmp_path: Path) -> None:
+    """The control's body, table and photo projection in a denoiser; what it has no weights for is named and left."""
+    control = captioner_of("autoregressive")
+    about = {"step": 3, "feature_widths": [10, None], "features": "f", "encoder_sha256": None}
+    export_captioner(
+        tmp_path / "export", control.network.state_dict(), control.network, control.config, TOKENIZER, about
+    )
+    denoiser = captioner_of("masked, lengths foretold").network
+    before = {name: value.clone() for name, value in denoiser.state_dict().items()}
+    new = begin_with(denoiser, tmp_path)
+    assert "no_image" not in new and {name.split(".")[0] for name in new} == {
+        *("time_mlp", "length_head", "input_projection")
+    }
+    for name, value in denoiser.state_dict().items():
+        assert torch.equal(value, before[name] if name in new else control.network.state_dict()[name]), name
+    other = Denoiser(ModelConfig(width=64, num_heads=2, embedding_dim=16), TOKENIZER.vocab_size, 8, (10, None))
+    with pytest.raises(ValueError, match=r"init_from=.*has shape .* here, shape .* there"):
+        begin_with(other, tmp_path)
+    with pytest.raises(ValueError, match="no exported captioner"):
+        begin_with(denoiser, tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "foretold" in kind])

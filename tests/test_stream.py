@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import hashlib
 import itertools
+import json
 import multiprocessing
 import os
 import shutil
@@ -16,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +119,27 @@ def test_evaluation_sees_each_photo_once(scene_shards: Path, world: int) -> None
     reader = ShardReader(scene_shards, "test", "oracle")
     keys = [photo.key for rank in range(world) for photo in evaluation_photos(reader, rank, world)]
     assert sorted(keys) == sorted(key for key, _ in all_records(reader)) and len(keys) == 12
+
+
+def test_other_captions_stand_in_for_the_shards(
+    reader: ShardReader, tokenizer: CaptionTokenizer, tmp_path: Path
+) -> None:
+    """A teacher's captions, by key; a photo without any, a line that is none and a missing file are named."""
+    keys = [photo.key for photo in evaluation_photos(reader)]
+    file = tmp_path / "teacher.jsonl"
+    file.write_text("".join(json.dumps({"key": key, "captions": [f"a {key}", "a circle"]}) + "\n" for key in keys))
+    config = dataclasses.replace(CONFIG, captions=str(file))
+    batch = next(iter(CaptionStream(reader, tokenizer, config, 5, 8)))
+    assert [sorted(some) for some in batch.captions] == [["a circle", f"a {key}"] for key in batch.keys]
+    file.write_text(json.dumps({"key": keys[0], "captions": ["a circle"]}) + "\n")
+    with pytest.raises(ValueError, match=r"teacher\.jsonl has no captions for scene-train-"):
+        list(islice(CaptionStream(reader, tokenizer, config, 5, 8), 8))
+    for line in ("{", '{"key": "a"}', '{"key": "a", "captions": []}', '{"key": "a", "captions": [1]}'):
+        file.write_text(json.dumps({"key": "b", "captions": ["a circle"]}) + f"\n{line}\n")
+        with pytest.raises(ValueError, match=r"teacher\.jsonl, line 2: expected"):
+            CaptionStream(reader, tokenizer, config, 5, 8)
+    with pytest.raises(ValueError, match="no such file"):
+        CaptionStream(reader, tokenizer, dataclasses.replace(CONFIG, captions=str(tmp_path / "no.jsonl")), 5, 8)
 
 
 def test_pixels_go_through_the_transform(scene_shards: Path, tokenizer: CaptionTokenizer) -> None:
