@@ -11,6 +11,7 @@ VERBS = {
     "train": "train a denoiser on shards: diffcap train CONFIG key=value ...",
     "evaluate": "caption a split of a run's shards and score it",
     "caption": "caption picture files",
+    "distill": "a run's captions of its training photos, to train another model on",
     "report": "write a run's report.html",
     "train-clip": "train a small CLIP on shards, to stand in for ViT-B/32 where no weights can be fetched",
 }

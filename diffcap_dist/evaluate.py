@@ -19,7 +19,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -31,12 +31,12 @@ import torch
 from tqdm import tqdm
 
 from diffcap_dist.data.shard_format import atomic_write, references_of
-from diffcap_dist.data.shard_store import ShardStore
-from diffcap_dist.data.stream import Photo, ShardReader, all_records, evaluation_photos
+from diffcap_dist.data.stream import ShardReader, all_records, evaluation_photos
 from diffcap_dist.evaluation import protocol, seed_protocol
-from diffcap_dist.evaluation.captioner import Captioner, Draft, about_export, load_captioner
+from diffcap_dist.evaluation.captioner import Captioner, Draft, about_export
 from diffcap_dist.evaluation.clip_score import PROMPT, ClipFeatures, prompted
 from diffcap_dist.evaluation.score_rows import ScoreRows
+from diffcap_dist.evaluation.trained_run import caption_share, default_split, load_run, open_split
 from diffcap_dist.evaluation.validation import photo_features
 from diffcap_dist.model.image_encoder import ImageEncoder
 from diffcap_dist.run_dir import RunDir
@@ -125,10 +125,10 @@ def evaluate_as_seed(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any] |
     """The entry ``seed_protocol`` of scores.json on rank 0, None elsewhere. All ranks enter."""
     run_dir = RunDir(args.run)
     # One draw a row, as in the published code; the sampler is otherwise the run's.
-    captioner, encoder = _load(run_dir, [*args.settings, "sampler.candidates=1"], ranks)
+    captioner, encoder = load_run(run_dir, [*args.settings, "sampler.candidates=1"], ranks)
     tokenizer, length, sampler = captioner.tokenizer, captioner.config.data.max_length, captioner.config.sampler
-    split = args.split or _default_split(captioner)
-    reader = _reader(captioner, split, encoder)
+    split = args.split or default_split(captioner)
+    reader = open_split(captioner, split, encoder)
     rows = seed_protocol.caption_rows(reader)
     features_of = partial(photo_features, encoder=encoder, device=ranks.device, dtype=torch.float32)
     bleu_4 = seed_protocol.model_bleu(captioner, reader, features_of, rows, args.batch_size, ranks)
@@ -171,12 +171,12 @@ def evaluate(
     ranks: Ranks,
 ) -> dict[str, Any] | None:
     """Caption and score; the scores on rank 0, None elsewhere. All ranks enter."""
-    captioner, encoder = _load(run_dir, settings, ranks)
+    captioner, encoder = load_run(run_dir, settings, ranks)
     config = captioner.config
-    split = split or _default_split(captioner)
-    reader = _reader(captioner, split, encoder)
+    split = split or default_split(captioner)
+    reader = open_split(captioner, split, encoder)
     started = time.perf_counter()
-    captions, records = _caption_share(captioner, reader, encoder, batch_size, ranks)
+    captions, records = caption_share(captioner, reader, encoder, batch_size, ranks)
     seconds = time.perf_counter() - started
     clip = _find_clip(captioner, reader, encoder, ranks) if clip_score else None
     clip_features = _clip_share(clip, reader, encoder, ranks) if clip else None
@@ -231,56 +231,11 @@ def _table(rows: Mapping[str, Mapping[str, Any]], known: Sequence[str]) -> list[
     return lines
 
 
-def _load(run_dir: RunDir, settings: Sequence[str], ranks: Ranks) -> tuple[Captioner, ImageEncoder | None]:
-    run_dir.load_config()
-    captioner = load_captioner(run_dir.export, settings, ranks.device)
-    config = captioner.config
-    if config.data.features:
-        return captioner, None
-    return captioner, ImageEncoder(config.encoder.name, config.encoder.pretrained).to(ranks.device)
-
-
-def _default_split(captioner: Captioner) -> str:
-    """A dataset that is split by caption rows has no test split."""
-    data = captioner.config.data
-    return "test" if ShardStore(data.shards).index.num_samples("test") else data.val_split
-
-
 def _seed_entry(run_dir: RunDir, step: int) -> dict[str, Any]:
     """What an earlier ``--protocol seed`` found of the same export."""
     scores = json.loads(run_dir.scores.read_text(encoding="utf-8")) if run_dir.scores.is_file() else {}
     entry = scores.get("seed_protocol", {})
     return {"seed_protocol": entry} if entry.get("step") == step else {}
-
-
-def _reader(captioner: Captioner, split: str, encoder: ImageEncoder | None) -> ShardReader:
-    config = captioner.config
-    data = config.data
-    transform = encoder.pixel_transform(exact=data.decode == "exact") if encoder is not None else None
-    return ShardReader(data.shards, split, data.features, config.encoder.patches, transform, data.cache, data.cache_gb)
-
-
-def _batches(photos: Iterator[Photo], size: int) -> Iterator[list[Photo]]:
-    while batch := list(islice(photos, size)):
-        yield batch
-
-
-def _caption_share(
-    captioner: Captioner, reader: ShardReader, encoder: ImageEncoder | None, batch_size: int, ranks: Ranks
-) -> tuple[dict[str, str], dict[str, dict]]:
-    """This rank's captions and records by key."""
-    captions: dict[str, str] = {}
-    records: dict[str, dict] = {}
-    photos = evaluation_photos(reader, ranks.rank, ranks.world_size)
-    share = len(range(ranks.rank, sum(reader.counts), ranks.world_size))
-    with tqdm(total=share, disable=not ranks.is_first, unit="photo", desc="captioning", dynamic_ncols=True) as bar:
-        for batch in _batches(photos, batch_size):
-            keys = [photo.key for photo in batch]
-            features = photo_features(batch, encoder, ranks.device, torch.float32)
-            captions.update(zip(keys, captioner.caption(features, keys)))
-            records.update((photo.key, photo.record) for photo in batch)
-            bar.update(len(batch))
-    return captions, records
 
 
 def _find_clip(
@@ -340,7 +295,7 @@ def _score_rows(
 
 
 def _validation_records(captioner: Captioner, encoder: ImageEncoder | None) -> dict[str, dict]:
-    return dict(all_records(_reader(captioner, captioner.config.data.val_split, encoder)))
+    return dict(all_records(open_split(captioner, captioner.config.data.val_split, encoder)))
 
 
 def _floor_row(rows: ScoreRows, validation: Mapping[str, dict]) -> dict[str, Any]:
@@ -358,7 +313,7 @@ def _retrieval_rows(captioner: Captioner, reader: ShardReader, rows: ScoreRows) 
     """Captions of the nearest training photos by the same features: what a captioner has to beat."""
     if not captioner.config.data.features:
         raise ValueError("--retrieval needs stored features (data.features): the encoder runs online in this run")
-    train = list(evaluation_photos(_reader(captioner, captioner.config.data.train_split, None)))
+    train = list(evaluation_photos(open_split(captioner, captioner.config.data.train_split, None)))
     queries = list(evaluation_photos(reader))
     train_NF, query_QF = (np.stack([p.pooled_F.numpy() for p in part]) for part in (train, queries))  # type: ignore
     train_captions = [photo.record["captions"] for photo in train]

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from diffcap_dist import __main__ as diffcap
 from diffcap_dist.data.shard_format import MemberIndex
+from diffcap_dist.data.stream import read_captions
 from diffcap_dist.evaluation.captioner import load_captioner
 from diffcap_dist.run_dir import RunDir
 from diffcap_dist.training import checkpoint
@@ -157,6 +158,11 @@ def test_the_road_end_to_end(tiny_config: Path, tmp_path: Path) -> None:
     assert one["human"]["scene_accuracy"] == 1.0
     assert diffcap.main(["report", str(run.root)]) == 0
     assert run.report.stat().st_size > 10_000
+    teacher = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    assert diffcap.main(["distill", str(run.root), "--out", str(teacher[0])]) == 0
+    launch(2, "diffcap_dist.distill", str(run.root), "--out", str(teacher[1]))
+    assert teacher[0].read_bytes() == teacher[1].read_bytes()
+    assert len(read_captions(teacher[0])) == 64
     records = list(run.read_metrics())
     validations = [r for r in records if r["kind"] == "validation"]
     assert [r["step"] for r in validations] == [10, 20]

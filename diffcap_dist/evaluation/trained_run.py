@@ -1,0 +1,67 @@
+"""A trained run, opened for use: its captioner and encoder, its shards, and what all ranks caption of a split.
+
+In: a run directory and the ranks. Out: captions and records by key, of this rank's exact part. Scores nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import torch
+from tqdm import tqdm
+
+from diffcap_dist.data.shard_store import ShardStore
+from diffcap_dist.data.stream import Photo, ShardReader, evaluation_photos
+from diffcap_dist.evaluation.captioner import Captioner, load_captioner
+from diffcap_dist.evaluation.validation import photo_features
+from diffcap_dist.model.image_encoder import ImageEncoder
+from diffcap_dist.run_dir import RunDir
+from diffcap_dist.training.distributed import Ranks
+
+
+def load_run(run_dir: RunDir, settings: Sequence[str], ranks: Ranks) -> tuple[Captioner, ImageEncoder | None]:
+    """The run's captioner, with ``settings`` of its sampler changed, and its encoder, where it reads no features."""
+    run_dir.load_config()
+    captioner = load_captioner(run_dir.export, settings, ranks.device)
+    config = captioner.config
+    if config.data.features:
+        return captioner, None
+    return captioner, ImageEncoder(config.encoder.name, config.encoder.pretrained).to(ranks.device)
+
+
+def default_split(captioner: Captioner) -> str:
+    """A dataset that is split by caption rows has no test split."""
+    data = captioner.config.data
+    return "test" if ShardStore(data.shards).index.num_samples("test") else data.val_split
+
+
+def open_split(captioner: Captioner, split: str, encoder: ImageEncoder | None) -> ShardReader:
+    """A split of the shards that the captioner was trained on, seen as it sees them."""
+    config = captioner.config
+    data = config.data
+    transform = encoder.pixel_transform(exact=data.decode == "exact") if encoder is not None else None
+    return ShardReader(data.shards, split, data.features, config.encoder.patches, transform, data.cache, data.cache_gb)
+
+
+def _batches(photos: Iterator[Photo], size: int) -> Iterator[list[Photo]]:
+    while batch := list(islice(photos, size)):
+        yield batch
+
+
+def caption_share(
+    captioner: Captioner, reader: ShardReader, encoder: ImageEncoder | None, batch_size: int, ranks: Ranks
+) -> tuple[dict[str, str], dict[str, dict]]:
+    """This rank's captions and records by key."""
+    captions: dict[str, str] = {}
+    records: dict[str, dict] = {}
+    photos = evaluation_photos(reader, ranks.rank, ranks.world_size)
+    share = len(range(ranks.rank, sum(reader.counts), ranks.world_size))
+    with tqdm(total=share, disable=not ranks.is_first, unit="photo", desc="captioning", dynamic_ncols=True) as bar:
+        for batch in _batches(photos, batch_size):
+            keys = [photo.key for photo in batch]
+            features = photo_features(batch, encoder, ranks.device, torch.float32)
+            captions.update(zip(keys, captioner.caption(features, keys)))
+            records.update((photo.key, photo.record) for photo in batch)
+            bar.update(len(batch))
+    return captions, records
