@@ -206,7 +206,7 @@ def test_a_dropped_photo_is_hidden() -> None:
 def test_trained_embeddings_keep_unit_variance() -> None:
     denoiser = small_denoiser(train_embeddings=True)
     with torch.no_grad():
-        denoiser.word_embeddings.mul_(50).add_(3)
+        denoiser.word_embeddings.weight.mul_(50).add_(3)
     x0 = denoiser.embed(torch.arange(V)[None])
     torch.testing.assert_close(x0.var(-1, unbiased=False), torch.ones(1, V), rtol=1e-3, atol=1e-3)
 
@@ -243,13 +243,13 @@ def test_a_pretrained_body_and_table_are_loaded(tmp_path: Path) -> None:
     saved = DistilBertModel(DistilBertConfig(vocab_size=V, dim=16, n_layers=1, n_heads=2, hidden_dim=20))
     saved.save_pretrained(tmp_path)
     pretrained = {"body": str(tmp_path), "embeddings": str(tmp_path), "self_conditioning": False}
-    unit = small_denoiser(None, **pretrained).word_embeddings
+    unit = small_denoiser(None, **pretrained).embedding_matrix()
     torch.testing.assert_close(unit, saved.embeddings.word_embeddings.weight.detach() / 0.02, rtol=0.1, atol=0.1)
     torch.testing.assert_close(unit.std(), torch.tensor(1.0))
     with pytest.raises(ValueError, match="no language-model head"):
         small_denoiser(None, **pretrained, x0_from="head", embedding_dim=16)
     denoiser = small_denoiser(None, **pretrained, embedding_std=0.0)
-    torch.testing.assert_close(denoiser.word_embeddings, saved.embeddings.word_embeddings.weight.detach())
+    torch.testing.assert_close(denoiser.word_embeddings.weight, saved.embeddings.word_embeddings.weight.detach())
     torch.testing.assert_close(
         denoiser.body.transformer.layer[0].ffn.lin1.weight, saved.transformer.layer[0].ffn.lin1.weight
     )

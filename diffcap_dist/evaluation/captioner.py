@@ -308,7 +308,7 @@ def begin_with(network: Denoiser, run: Path) -> list[str]:
     found, own = load_file(folder / "model.safetensors"), network.state_dict()
     fitting = {name: tensor for name, tensor in found.items() if name in own and own[name].shape == tensor.shape}
     for name in own:
-        if name not in fitting and (name.startswith("body.") or name == "word_embeddings"):
+        if name not in fitting and (name.startswith("body.") or name == "word_embeddings.weight"):
             given = f"shape {tuple(found[name].shape)}" if name in found else "nothing of that name"
             raise ValueError(f"model.init_from={run}: {name} has shape {tuple(own[name].shape)} here, {given} there")
     network.load_state_dict(fitting, strict=False)

@@ -43,6 +43,24 @@ class TextGuide(NamedTuple):
     kept_B: Tensor
 
 
+class WordEmbeddings(nn.Module):
+    """The table, frozen or trained. A module that is called, since ZeRO-3 gathers weights for calls of their module."""
+
+    def __init__(self, table_VD: Tensor, config: ModelConfig) -> None:
+        super().__init__()
+        self.trained, self.std = config.train_embeddings, config.embedding_std or 1.0
+        if self.trained:
+            self.weight = nn.Parameter(table_VD)
+        else:
+            self.register_buffer("weight", table_VD)
+
+    def forward(self) -> Tensor:
+        """table_VD. A trained one is normalised per word to ``embedding_std``: it can't collapse or run away."""
+        if not self.trained:
+            return self.weight
+        return nn.functional.layer_norm(self.weight, self.weight.shape[1:]) * self.std
+
+
 class Denoiser(nn.Module):
     """mu(x_t, t, image) of the paper's section 4, with what later work adds as settings of ``ModelConfig``."""
 
@@ -55,10 +73,7 @@ class Denoiser(nn.Module):
             raise ValueError("model.fusion=add takes the pooled feature only: set encoder.patches=false")
         self.config, self.vocab_size, self.max_length = config, vocab_size, max_length
         table_VD = _embedding_table(config, vocab_size)
-        if config.train_embeddings:
-            self.word_embeddings = nn.Parameter(table_VD)
-        else:
-            self.register_buffer("word_embeddings", table_VD)
+        self.word_embeddings = WordEmbeddings(table_VD, config)
         self.embedding_dim = table_VD.shape[1]
         self.body, self.head = _body(config)
         H = self.body.config.dim
@@ -90,11 +105,8 @@ class Denoiser(nn.Module):
         return nn.functional.embedding(ids_BL, self.embedding_matrix())
 
     def embedding_matrix(self) -> Tensor:
-        """The table_VD. A trained one is normalised per word to ``embedding_std``: it can't collapse or run away."""
-        if self.config.train_embeddings:
-            unit_VD = nn.functional.layer_norm(self.word_embeddings, (self.embedding_dim,))
-            return unit_VD * (self.config.embedding_std or 1.0)
-        return self.word_embeddings
+        """The table_VD."""
+        return self.word_embeddings()
 
     def forward(
         self,
