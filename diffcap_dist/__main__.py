@@ -12,6 +12,7 @@ VERBS = {
     "evaluate": "caption a split of a run's shards and score it",
     "caption": "caption picture files",
     "distill": "a run's captions of its training photos, to train another model on",
+    "frontier": "quality against steps and captions per second, of runs of any kind: table and plot",
     "report": "write a run's report.html",
     "train-clip": "train a small CLIP on shards, to stand in for ViT-B/32 where no weights can be fetched",
 }

@@ -1,0 +1,73 @@
+"""The frontier: all kinds beside each other, scored as `diffcap evaluate` scores them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+import diffcap_dist.__main__ as diffcap
+from diffcap_dist.config import load_config
+from diffcap_dist.data.captions import CaptionTokenizer
+from diffcap_dist.data.stream import ShardReader, all_records
+from diffcap_dist.diffusion.objective import build_network
+from diffcap_dist.evaluation.captioner import export_captioner
+from diffcap_dist.run_dir import RunDir
+
+KINDS = {
+    "ours": [],
+    "masked": ["diffusion.kind=masked", "model.length_head=true"],
+    "control": ["model.kind=autoregressive"],
+}
+
+
+@pytest.fixture
+def runs(tiny_config: Path, tmp_path: Path) -> list[Path]:
+    """A run of each kind, untrained."""
+    found = []
+    for name, words in KINDS.items():
+        run = RunDir(tmp_path / name)
+        config = load_config(tiny_config, [*words, f"run_dir={run.root}"])
+        run.begin(config)
+        records = all_records(ShardReader(config.data.shards, "train", config.data.features))
+        tokenizer = CaptionTokenizer.from_captions(c for _, record in records for c in record["captions"])
+        network = build_network(config, tokenizer.vocab_size, (24, None))
+        about = {"step": 0, "feature_widths": [24, None], "features": "oracle", "encoder_sha256": None}
+        export_captioner(run.export, network.state_dict(), network, config, tokenizer, about)
+        found.append(run.root)
+    return found
+
+
+def test_all_kinds_beside_each_other(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    words = ["--out", str(out), "--steps", "1,2", "--photos", "12", "--rounds", "2", "--batch-size", "5"]
+    assert diffcap.main(["frontier", *map(str, runs), *words]) == 0
+    result = json.loads((out / "frontier.json").read_text())
+    points = result["points"]
+    assert [(p["run"], p["num_inference_steps"]) for p in points] == [
+        *(("ours", steps) for _ in range(4) for steps in (1, 2)),
+        *(("masked", steps) for _ in range(2) for steps in (1, 2)),
+        *(("control", None) for _ in range(2)),
+    ]
+    assert all(len(p["seconds"]) == 2 and min(p["seconds"]) > 0 for p in points)
+    assert result["photos"] == 12
+    said = capsys.readouterr().out
+    assert said.count("\n| ") == len(points)
+    assert (out / "frontier.md").read_text() in said
+    drawn = ElementTree.fromstring((out / "frontier.svg").read_text())
+    assert len(drawn.findall(".//{*}circle")) == 12 + 14  # the control has no steps
+    assert diffcap.main(["evaluate", str(runs[1]), "sampler.num_inference_steps=2", "--no-clip-score"]) == 0
+    scores = json.loads(RunDir(runs[1]).scores.read_text())
+    same = next(p for p in points if p["sampler"] == "unmasking, revised" and p["num_inference_steps"] == 2)
+    assert {name: same[name] for name in ("bleu_4", "cider_d", "scene_accuracy")} == {
+        name: scores[name] for name in ("bleu_4", "cider_d", "scene_accuracy")
+    }
+
+
+def test_runs_of_other_photos_are_refused(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = runs[1] / "export" / "config.yaml"
+    config.write_text(config.read_text().replace("patches: false", "patches: true"))
+    assert diffcap.main(["frontier", *map(str, runs), "--out", str(tmp_path / "out")]) == 2
+    assert "see them differently" in capsys.readouterr().err
