@@ -251,7 +251,11 @@ def test_interrupting_it_leaves_a_message_and_no_processes(raw: Path) -> None:
     """Ctrl-C in a terminal reaches the workers too."""
     program = [sys.executable, "-m", "shards.make_shards", "scenes", "--train", "20000", "--workers", "2"]
     program += ["--samples-per-shard", "50", "--out", str(raw / "out")]
-    running = subprocess.Popen(program, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where the tests run in the background
+    try:
+        running = subprocess.Popen(program, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     while not list((raw / "out").glob("*.tar")):
         time.sleep(0.05)
         assert running.poll() is None
