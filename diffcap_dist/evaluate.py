@@ -14,8 +14,6 @@ import argparse
 import json
 import logging
 import math
-import os
-import platform
 import shutil
 import sys
 import time
@@ -36,7 +34,7 @@ from diffcap_dist.evaluation import protocol, seed_protocol
 from diffcap_dist.evaluation.captioner import Captioner, Draft, about_export
 from diffcap_dist.evaluation.clip_score import PROMPT, ClipFeatures, prompted
 from diffcap_dist.evaluation.score_rows import ScoreRows
-from diffcap_dist.evaluation.trained_run import caption_share, default_split, load_run, open_split
+from diffcap_dist.evaluation.trained_run import caption_share, default_split, hardware, load_run, open_split
 from diffcap_dist.evaluation.validation import photo_features
 from diffcap_dist.model.image_encoder import ImageEncoder
 from diffcap_dist.run_dir import RunDir
@@ -199,7 +197,7 @@ def evaluate(
         "world_size": ranks.world_size,
         "seconds": slowest,
         "captions_per_second": len(captions) / slowest,
-        "hardware": _hardware(ranks),
+        "hardware": hardware(ranks),
         "floor": _floor_row(rows, _validation_records(captioner, encoder)),
         "human": rows.human(),
     }
@@ -334,11 +332,6 @@ def _emergence(captioner: Captioner, reader: ShardReader, encoder: ImageEncoder 
     keys = [photo.key for photo in photos]
     captioner.caption(photo_features(photos, encoder, ranks.device, torch.float32), keys, drafts)
     return [{"key": key, "drafts": [asdict(draft) for draft in part]} for key, part in zip(keys, drafts)]
-
-
-def _hardware(ranks: Ranks) -> dict[str, Any]:
-    gpu = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None
-    return {"gpu": gpu, "cpus": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__}
 
 
 def _write(

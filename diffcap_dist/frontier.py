@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import os
-import platform
 import statistics
 import sys
 import time
@@ -34,7 +33,7 @@ from diffcap_dist.data.shard_format import atomic_write
 from diffcap_dist.data.stream import evaluation_photos
 from diffcap_dist.evaluation.captioner import Captioner
 from diffcap_dist.evaluation.score_rows import ScoreRows
-from diffcap_dist.evaluation.trained_run import default_split, load_run, open_split
+from diffcap_dist.evaluation.trained_run import default_split, hardware, load_run, open_split
 from diffcap_dist.evaluation.validation import photo_features
 from diffcap_dist.model.denoiser import ImageFeatures
 from diffcap_dist.run_dir import RunDir
@@ -90,7 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "photos": photos,
         "batch_size": args.batch_size,
         "rounds": args.rounds,
-        "hardware": _hardware(ranks.device),
+        "hardware": hardware(ranks),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
         "points": [point.record(photos) for point in points],
     }
     args.out.mkdir(parents=True, exist_ok=True)
@@ -176,10 +177,14 @@ def as_markdown(result: dict[str, Any]) -> str:
         cells += [f"{p[name]:.3f}" for name in scores] + [f"{p['captions_per_second']:.0f}"]
         cells += [f"{p['captions_per_second'] / greedy['captions_per_second']:.2f}"] if greedy else []
         lines.append("| " + " | ".join(cells) + " |")
-    hardware = result["hardware"]
-    lines += ["", f"{result['photos']} photos, {result['batch_size']} at a time, one candidate; medians of"]
-    lines[-1] += f" {result['rounds']} rounds; {hardware['device']}, {hardware['threads']} threads, torch"
-    lines[-1] += f" {hardware['torch']}, load average {hardware['load']:.1f}. `{result['command']}`"
+    found = result["hardware"]
+    device = found["gpu"] or f"{found['cpus']} {found['machine']} CPUs, {result['threads']} threads"
+    told = (
+        f"{result['photos']} photos, {result['batch_size']} at a time, one candidate",
+        f"medians of {result['rounds']} rounds",
+        f"{device}, torch {found['torch']}, load average {result['load']:.1f}. `{result['command']}`",
+    )
+    lines += ["", "; ".join(told)]
     for kind in ("continuous", "masked"):
         ours = [p for p in result["points"] if p["kind"] == kind]
         if greedy is None or not ours:
@@ -256,12 +261,6 @@ def _round_values(low: float, high: float) -> list[float]:
     """1, 2 and 5 times powers of ten between the two."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     return [factor * 10.0**power for power in powers for factor in (1, 2, 5) if low <= factor * 10.0**power <= high]
-
-
-def _hardware(device: torch.device) -> dict[str, Any]:
-    cpus = f"{os.cpu_count()} {platform.machine()} CPUs"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpus
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "load": os.getloadavg()[0]}
 
 
 def _numbers(text: str) -> list[int]:

@@ -66,11 +66,11 @@ class Captioner:
         noise = _PhotoNoise(keys, self.config.sampler, features.pooled_NF)
         if isinstance(self.network, AutoregressiveModel):
             return self._left_to_right(self.network, features, noise, drafts)
-        denoise = _GuidedDenoiser(self.network, features, self.config.sampler.guidance_scale)
+        guidance_scale = self.config.sampler.guidance_scale
         known = self._foretold(features) if self.network.length_head is not None else None
-        if self.config.diffusion.kind == "masked":
-            return self._unmasked(denoise, noise, known, drafts)
-        return self._denoised(denoise, noise, known, drafts)
+        if self.config.diffusion.kind == "masked":  # what is known is among the words that it is given
+            return self._unmasked(_GuidedDenoiser(self.network, features, guidance_scale), noise, known, drafts)
+        return self._denoised(_GuidedDenoiser(self.network, features, guidance_scale, known), noise, known, drafts)
 
     def _denoised(
         self, denoise: _GuidedDenoiser, noise: _PhotoNoise, known: _Known | None, drafts: list[list[Draft]] | None
@@ -84,8 +84,6 @@ class Captioner:
                 probability_BL, ids_BL = denoise.logits_BLV.float().softmax(dim=-1).max(dim=-1)
                 self._record(drafts, step, t, ids_BL if known is None else known.put(ids_BL), probability_BL)
 
-        if known is not None:
-            denoise = denoise.where(known)
         if sampler.name == "x0_feedback":
             x0_feedback(denoise, noise("x_T", shape), sampler.num_inference_steps, on_step=on_step)
         else:
@@ -111,9 +109,9 @@ class Captioner:
         if known is None:
             everywhere_BL = torch.ones(rows, max_length, dtype=torch.bool, device=noise.like.device)
             known = _Known(everywhere_BL, torch.full_like(everywhere_BL, mask_id, dtype=torch.long))
-        never = [i for i in self.tokenizer.special_ids if i not in (self.tokenizer.sep_id, self.tokenizer.pad_id)]
-        if self.network.length_head is not None:
-            never = list(self.tokenizer.special_ids)
+        foretold = self.network.length_head is not None
+        ends = set() if foretold else {self.tokenizer.sep_id, self.tokenizer.pad_id}
+        never = sorted(self.tokenizer.special_ids - ends)
         previous_x0_BLD: Tensor | None = None
 
         def predict(ids_BL: Tensor, t: float) -> Tensor:
@@ -160,8 +158,10 @@ class Captioner:
             sampler.num_beams,
             [i for i in tokenizer.special_ids if i != tokenizer.sep_id],
             choose if draw else None,
-            sampler.candidates,
+            sampler.candidates if draw else 1,
         )
+        if not draw:  # all candidates would be the same
+            ids_BL = ids_BL.repeat_interleave(sampler.candidates, dim=0)
         if drafts is not None:
             for position in range(int((ids_BL != tokenizer.pad_id).sum(-1).max())):
                 seen_BL = ids_BL.clone()
@@ -238,9 +238,6 @@ class _GuidedDenoiser:
     ) -> None:
         self.network, self.features, self.guidance_scale, self.known = network, features, guidance_scale, known
         self.logits_BLV = torch.empty(0)
-
-    def where(self, known: _Known) -> _GuidedDenoiser:
-        return _GuidedDenoiser(self.network, self.features, self.guidance_scale, known)
 
     def __call__(self, x_BLD: Tensor, t: float, previous_x0_BLD: Tensor | None) -> Tensor:
         x_BLD = self._with_known(x_BLD)

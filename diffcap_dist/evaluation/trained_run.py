@@ -5,8 +5,11 @@ In: a run directory and the ranks. Out: captions and records by key, of this ran
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -65,3 +68,9 @@ def caption_share(
             records.update((photo.key, photo.record) for photo in batch)
             bar.update(len(batch))
     return captions, records
+
+
+def hardware(ranks: Ranks) -> dict[str, Any]:
+    """What a measured figure was measured on."""
+    gpu = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None
+    return {"gpu": gpu, "cpus": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__}
