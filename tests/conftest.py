@@ -31,11 +31,17 @@ training: {{num_steps: 20, global_batch_size: 16, validate_every: 10, validation
 """
 
 
+@pytest.hookimpl(tryfirst=True)  # after pytest-xdist's own hook, which reads the marks, they would be in vain
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For pytest-xdist: a file's tests stay in one process, and so do all that use the SLURM of the tests."""
     for item in items:
         group = "cluster" if "cluster" in item.path.parts else item.path.name
         item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if getattr(session.config.option, "loadgroup", False) and any("@" not in item.nodeid for item in session.items):
+        raise pytest.UsageError("this pytest-xdist does not group with this pytest: install those of constraints.txt")
 
 
 @pytest.fixture(scope="session")

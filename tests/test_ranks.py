@@ -29,6 +29,8 @@ from tests.test_image_encoder import saved_clip
 
 pytestmark = pytest.mark.slow
 
+SHARED_MEMORY = Path("/dev/shm")
+
 
 def test_gradients_of_one_rank_equal_those_of_two(tiny_config: Path, tmp_path: Path) -> None:
     """One batch on one rank, its halves on two, and the same in micro batches: the same gradients at every stage."""
@@ -154,6 +156,7 @@ def test_the_road_end_to_end(tiny_config: Path, tmp_path: Path) -> None:
 
 def test_sigkill_then_the_same_command_continues_exactly(tiny_config: Path, tmp_path: Path) -> None:
     """Rank 0 dies past step 10: the other names it and ends; started again, the weights equal an unbroken run's."""
+    left = set(SHARED_MEMORY.glob("deepspeed*"))
     launch(2, "diffcap_dist.train", str(tiny_config), f"run_dir={tmp_path / 'whole'}")
     broken = RunDir(tmp_path / "broken")
     command = launch_command(2, "diffcap_dist.train", str(tiny_config), f"run_dir={broken.root}")
@@ -173,6 +176,7 @@ def test_sigkill_then_the_same_command_continues_exactly(tiny_config: Path, tmp_
     assert all(torch.equal(expected[name], got[name]) for name in expected)
     starts = [r["step"] for r in broken.read_metrics() if r["kind"] == "start"]
     assert starts == [0, 10]
+    assert set(SHARED_MEMORY.glob("deepspeed*")) <= left, "memory that stays taken after the run"
 
 
 def process_of_rank(rank: int, *words: object) -> int:
