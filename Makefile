@@ -17,10 +17,10 @@ demo: install
 
 # Three at once: launches and SLURM mostly wait. tests/conftest.py keeps what shares a fixture together.
 test: install
-	$(RUN)/pytest -m 'slow or not slow' -n 3 --dist loadgroup
+	$(RUN)/pytest -m 'slow or not slow' -n 3 --dist loadgroup --no-loadscope-reorder
 
 fast: install
-	$(RUN)/pytest -n 3 --dist loadgroup
+	$(RUN)/pytest -n 3 --dist loadgroup --no-loadscope-reorder
 
 lint: install
 	$(RUN)/ruff check .

@@ -13,6 +13,7 @@ VERBS = {
     "caption": "caption picture files",
     "distill": "a run's captions of its training photos, to train another model on",
     "frontier": "quality against steps and captions per second, of runs of any kind: table and plot",
+    "ablate": "what each change between two recipes is worth: table and plot of a sweep that ran them",
     "report": "write a run's report.html",
     "train-clip": "train a small CLIP on shards, to stand in for ViT-B/32 where no weights can be fetched",
 }

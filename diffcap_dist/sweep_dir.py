@@ -1,7 +1,7 @@
 """A table of runs: its rows as they are written down, the run of each (row, seed), and where these lie.
 
-In: a TABLE.yaml (title, base, seeds, rows, conclusions) and, for small machines, an overlay. Out: a checked ``Config``
-for every cell, and the paths below the sweep's folder. It starts nothing and reads no score.
+In: a TABLE.yaml (title, base, seeds, rows, changes, conclusions) and, for small machines, an overlay. Out: a checked
+``Config`` for every cell, and the paths below the sweep's folder. It starts nothing and reads no score.
 """
 
 from __future__ import annotations
@@ -39,9 +39,23 @@ class Row:
     note: str = ""
 
     @property
+    def is_published(self) -> bool:
+        """Whether others have numbers of it, so that theirs and ours are compared by their protocol too."""
+        return bool(self.published or self.logged)
+
+    @property
     def slug(self) -> str:
         """The row's folder."""
         return re.sub(r"[^a-z0-9.]+", "-", self.name.lower().replace("λ", "lambda")).strip("-.")
+
+
+@dataclass(frozen=True)
+class Change:
+    """A step on the road from one recipe to another: ``diffcap ablate`` has what it is worth."""
+
+    name: str
+    settings: dict[str, Any]
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,8 +74,9 @@ class Table:
 
     title: str
     base: str
-    rows: list[Row]
+    rows: list[Row] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
+    changes: list[Change] = field(default_factory=list)
     conclusions: list[Conclusion] = field(default_factory=list)
 
 
@@ -79,8 +94,10 @@ def load_table(path: Path) -> Table:
     """Raises ConfigError that says what is wrong, and where."""
     content = _read(path)
     rows = [_fill(Row, row, f"{path}, row {number}") for number, row in enumerate(content.pop("rows", []), start=1)]
+    changes = [_fill(Change, one, f"{path}, changes") for one in content.pop("changes", [])]
+    rows = [*ablation_rows(changes), *rows]
     concluded = [_fill(Conclusion, one, f"{path}, conclusions") for one in content.pop("conclusions", [])]
-    table = _fill(Table, {**content, "rows": rows, "conclusions": concluded}, str(path))
+    table = _fill(Table, {**content, "rows": rows, "changes": changes, "conclusions": concluded}, str(path))
     slugs = [row.slug for row in rows]
     if not rows or len(set(slugs)) < len(slugs) or not all(slugs):
         raise ConfigError(f"{path}: expected rows whose names make different folders, found {slugs}")
@@ -92,6 +109,40 @@ def load_table(path: Path) -> Table:
         if one.by not in NUMBERS or not {one.better, one.than} <= names:
             raise ConfigError(f"{path}: conclusion {one.says!r} is about {one.by}, {one.better!r} and {one.than!r}")
     return table
+
+
+START = "the start"
+
+
+def added_row(change: Change) -> str:
+    """The name of the row with this change and those before it."""
+    return f"+ {change.name}"
+
+
+def left_out_row(changes: Sequence[Change], change: Change) -> str:
+    """The name of the row with all changes but this one: of the last one it is the row before it."""
+    if change is changes[-1]:
+        return added_row(changes[-2]) if len(changes) > 1 else START
+    return f"all but {change.name}"
+
+
+def ablation_rows(changes: Sequence[Change]) -> list[Row]:
+    """The base as it is, each change on top of those before it, and all changes but one."""
+    if not changes:
+        return []
+    rows = [Row(START)]
+    for number, change in enumerate(changes, start=1):
+        rows.append(Row(added_row(change), settings=_merged(changes[:number]), note=change.why))
+    for change in changes[:-1]:
+        settings = _merged([one for one in changes if one is not change])
+        rows.append(Row(left_out_row(changes, change), settings=settings))
+    return rows
+
+
+def _merged(changes: Sequence[Change]) -> dict[str, Any]:
+    merged = OmegaConf.to_container(OmegaConf.merge({}, *(change.settings for change in changes)))
+    assert isinstance(merged, dict)
+    return {str(name): value for name, value in merged.items()}
 
 
 def load_overlay(path: Path) -> Overlay:
@@ -154,8 +205,9 @@ class SweepDir:
         content = json.loads(self.description.read_text(encoding="utf-8"))
         made = {name: content.pop(name) for name in ("table", "overlay", "words")}
         rows = [Row(**row) for row in content.pop("rows")]
+        changes = [Change(**one) for one in content.pop("changes", [])]  # older sweeps have none
         concluded = [Conclusion(**one) for one in content.pop("conclusions")]
-        return Table(**content, rows=rows, conclusions=concluded), made
+        return Table(**content, rows=rows, changes=changes, conclusions=concluded), made
 
 
 def _read(path: Path) -> dict[str, Any]:

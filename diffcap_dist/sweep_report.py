@@ -140,9 +140,6 @@ class Column:
 def score_columns(lines: Sequence[Line]) -> list[Column]:
     """BLEU-4 by everyone, then ours by other scores."""
     columns = [
-        Column("BLEU-4", "published", lambda line: _number(line.row.published.get("bleu_4"), 4)),
-        Column("BLEU-4", "its log", lambda line: _number(line.row.logged.get("bleu_4"), 4)),
-        Column("BLEU-4", "ours, seed's protocol", lambda line: spread(line.values("seed_bleu_4"), 4), ours=True),
         Column("BLEU-4", "ours", lambda line: spread(line.values("bleu_4"), 4), ours=True),
         Column("CIDEr-D", "ours", lambda line: spread(line.values("cider_d"), 3), ours=True),
     ]
@@ -150,6 +147,13 @@ def score_columns(lines: Sequence[Line]) -> list[Column]:
         columns.append(
             Column("scene accuracy", "ours", lambda line: spread(line.values("scene_accuracy"), 3), ours=True)
         )
+    if any(line.row.is_published for line in lines):
+        columns = [
+            Column("BLEU-4", "published", lambda line: _number(line.row.published.get("bleu_4"), 4)),
+            Column("BLEU-4", "its log", lambda line: _number(line.row.logged.get("bleu_4"), 4)),
+            Column("BLEU-4", "ours, seed's protocol", lambda line: spread(line.values("seed_bleu_4"), 4), ours=True),
+            *columns,
+        ]
     return [*columns, Column("seeds", "run", _seeds_run, ours=True)]
 
 
@@ -279,7 +283,8 @@ def remarks(sweep: Sweep) -> list[str]:
         for seed, cell in line.cells.items()
         if cell.error
     ]
-    return [*notes, *failed, NOT_COMPARABLE]
+    published = any(line.row.is_published for line in sweep.lines)
+    return [*notes, *failed, *([NOT_COMPARABLE] if published else [])]
 
 
 def tables(sweep: Sweep) -> dict[str, tuple[list[Column], list[Line]]]:
@@ -303,12 +308,12 @@ def markdown(sweep: Sweep) -> str:
         parts += [
             f"## {title}",
             "",
-            *_markdown_rows(head, [[line.row.name, *(c.of(line) for c in columns)] for line in lines]),
+            *text_table(head, [[line.row.name, *(c.of(line) for c in columns)] for line in lines]),
         ]
     if sweep.table.conclusions:
         head = ["conclusion of the paper", "difference, published", "its log", "ours", "here"]
         rows = [[v.conclusion.says, v.published, v.logged, v.ours, v.verdict] for v in verdicts(sweep)]
-        parts += ["## Conclusions", "", *_markdown_rows(head, rows)]
+        parts += ["## Conclusions", "", *text_table(head, rows)]
     parts += [f"- {name}: {value}" for name, value in facts(sweep).items()]
     return "\n".join([*parts, *(f"- {remark}" for remark in remarks(sweep))]) + "\n"
 
@@ -321,7 +326,7 @@ def _alone(column: Column, columns: Sequence[Column]) -> bool:
     return sum(other.group == column.group for other in columns) == 1
 
 
-def _markdown_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A table whose columns also line up as plain text."""
     cells = [[text.replace("|", "\\|") for text in row] for row in [head, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]

@@ -36,14 +36,15 @@ STARTS_WITHOUT_PROGRESS = 3
 PORTS = range(12000, 32000)  # below those that systems hand out for outgoing connections
 TAIL_LINES = 40
 WARNED = ("User defined signal 2", "Terminated")
+NODE_FAILURE = re.compile(r"Node failure on (\S+)")
 LOST = re.compile(r"LostRank|Connection (closed|reset) by peer|Broken pipe|remote process exited|ncclRemoteError")
 
 
 @dataclass(frozen=True)
 class Culprit:
-    """The first rank that failed, as srun said it."""
+    """The first rank that failed, as srun said it, or a whole node (rank None)."""
 
-    rank: int
+    rank: int | None
     node: str
     how: str
 
@@ -53,7 +54,8 @@ class Culprit:
         return not self.how.startswith("Exited with exit code")
 
     def __str__(self) -> str:
-        return f"rank {self.rank} on {self.node}: {self.how}"
+        whole = f"node {self.node}" if self.rank is None else f"rank {self.rank} on {self.node}"
+        return f"{whole}: {self.how}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,8 +87,8 @@ def note_lost_start(run: RunDir, kind: str, job: str, restarts: int) -> None:
     if not events or events[-1]["event"] == "end":
         return
     said = run.logs / f"{kind}.{job}.{events[-1]['restarts']}.srun"
-    found = re.search(r"Node failure on (\S+)", said.read_text(errors="replace") if said.is_file() else "")
-    lost = f"node {found[1]}: lost" if found else None
+    found = NODE_FAILURE.search(said.read_text(errors="replace") if said.is_file() else "")
+    lost = str(Culprit(None, found[1], "lost")) if found else None
     how = f"SLURM ended it and started it again: {lost or 'its first node was lost, or had no time for a word'}"
     end = {"event": "end", "kind": kind, "job": job, "restarts": events[-1]["restarts"], "step": saved_step(run)}
     add_record(run, {**end, "how": how, "culprit": lost})
@@ -98,7 +100,7 @@ def after(run: RunDir, kind: str, status: int, said: Path, warning: int = WARNIN
     job, restarts = _job()
     words = said.read_text(errors="replace") if said.is_file() else ""
     print(words, end="", file=sys.stderr)
-    found = _with_neighbour(run, kind, job, culprit(words))
+    found = _with_neighbour(run, kind, job, culprit(words), words)
     end = {"event": "end", "kind": kind, "job": job, "restarts": restarts, "status": status, "step": saved_step(run)}
     if status == 0 and (kind != "train" or is_finished(run)):
         add_record(run, {**end, "how": "finished"})
@@ -204,14 +206,23 @@ def culprit(said: str) -> Culprit | None:
     return Culprit(int(found[2]), found[1], found[3].strip()) if found else None
 
 
-def _with_neighbour(run: RunDir, kind: str, job: str, found: Culprit | None) -> Culprit | None:
-    """A rank whose error is that another one is gone: that other left no words, with its node perhaps."""
-    if found and not found.was_killed and LOST.search(last_traceback(run.logs / f"{kind}.{job}.{found.rank}.log")):
-        return Culprit(found.rank, found.node, "lost another rank")
-    return found
+def _with_neighbour(run: RunDir, kind: str, job: str, found: Culprit | None, said: str) -> Culprit | None:
+    """A rank whose error is that another one is gone missed a rank that left no words: its node's, where that is silent
+    altogether. srun tells of every rank that fails or is ended, but of none whose node can't be reached."""
+    if not found or found.was_killed or not LOST.search(last_traceback(run.logs / f"{kind}.{job}.{found.rank}.log")):
+        return found
+    silent = NODE_FAILURE.findall(said)
+    if not silent:
+        told = hostnames(",".join(re.findall(r"^srun: error: (\S+): tasks? \d", said, flags=re.MULTILINE)))
+        silent = [node for node in hostnames(os.environ.get("SLURM_JOB_NODELIST", "")) if node not in told]
+    if silent:
+        return Culprit(None, ", ".join(silent), "lost")
+    return Culprit(found.rank, found.node, "lost another rank")
 
 
 def describe_failure(run: RunDir, kind: str, job: str, found: Culprit) -> str:
+    if found.rank is None:
+        return f"first to fail: {found}; its ranks left no last words"
     log = run.logs / f"{kind}.{job}.{found.rank}.log"
     return f"first to fail: {found} ({log})\n{last_traceback(log)}"
 
@@ -224,6 +235,14 @@ def last_traceback(log: Path) -> str:
 
 
 # ---- SLURM ----
+
+
+def hostnames(listed: str) -> list[str]:
+    """SLURM's short form of node names, n[1-3],m, spelled out."""
+    if not listed:
+        return []
+    done = subprocess.run(["scontrol", "show", "hostnames", listed], capture_output=True, text=True, timeout=60)
+    return done.stdout.split()
 
 
 def job_state(job: str) -> dict[str, str]:

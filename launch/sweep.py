@@ -62,8 +62,9 @@ class Cell:
         return f"{self.row.slug}/seed-{self.seed}"
 
     def is_done(self) -> bool:
-        """Whether it was evaluated, by both protocols and with these settings."""
-        if not self.run.scores.is_file() or "seed_protocol" not in json.loads(self.run.scores.read_text()):
+        """Whether it was evaluated, by all protocols that it needs and with these settings."""
+        scores = json.loads(self.run.scores.read_text()) if self.run.scores.is_file() else {}
+        if "bleu_4" not in scores or (self.row.is_published and "seed_protocol" not in scores):
             return False
         return not differences(self.run.load_config(), self.config, frozenset({"run_dir", "data.num_workers"}))
 
@@ -107,7 +108,9 @@ def plan(args: argparse.Namespace) -> tuple[SweepDir, list[Cell], Overlay]:
     return sweep, cells, overlay
 
 
-def run_cell(run: str, num_steps: int, evaluate_words: list[str], cores: list[int] | None, threads: int) -> None:
+def run_cell(
+    run: str, num_steps: int, evaluate_words: list[str], published: bool, cores: list[int] | None, threads: int
+) -> None:
     """One cell, in a process of its own. torch is not yet imported here: it takes its threads from this."""
     if cores:
         os.sched_setaffinity(0, cores)
@@ -122,7 +125,8 @@ def run_cell(run: str, num_steps: int, evaluate_words: list[str], cores: list[in
         if state["step"] < num_steps and not state["early_stopped"]:
             raise InterruptedError(f"stopped at step {state['step']}, saved; the same sweep goes on from there")
         evaluate.main([run, *evaluate_words])
-        evaluate.main([run, "--protocol", "seed"])
+        if published:
+            evaluate.main([run, "--protocol", "seed"])
     except BaseException:
         error_file(folder).write_text(traceback.format_exc(), encoding="utf-8")
         raise
@@ -197,6 +201,7 @@ class LocalJobs(Jobs):
                 str(cell.run.root),
                 cell.config.training.num_steps,
                 self.evaluate_words,
+                cell.row.is_published,
                 self.cores[slot],
                 self.threads,
             )
@@ -223,7 +228,13 @@ class SlurmJobs(Jobs):
         with executor.batch():
             jobs = [
                 executor.submit(
-                    run_cell, str(cell.run.root), cell.config.training.num_steps, evaluate_words, None, threads
+                    run_cell,
+                    str(cell.run.root),
+                    cell.config.training.num_steps,
+                    evaluate_words,
+                    cell.row.is_published,
+                    None,
+                    threads,
                 )
                 for cell in cells
             ]

@@ -203,6 +203,20 @@ def test_a_dropped_photo_is_hidden() -> None:
     assert not torch.allclose(denoiser(x, t, features()), denoiser(x, t, other))
 
 
+@pytest.mark.parametrize("fusion", ["concat", "add"])
+def test_masked_padding_may_be_cut_off(fusion: str) -> None:
+    """What nothing attends to changes nothing: neither its contents nor its absence."""
+    denoiser = small_denoiser(None, fusion=fusion, position_init_std=2.0).eval()
+    x_BLD = torch.randn(N, L, 24, generator=torch.Generator().manual_seed(3))
+    t_B, photos, mask_BL = torch.full((N,), 0.4), features(None), torch.arange(L).expand(N, -1) < 4
+    whole = denoiser(x_BLD, t_B, photos, mask_BL=mask_BL)[:, :4]
+    other = denoiser(torch.where(mask_BL[..., None], x_BLD, 9.0), t_B, photos, mask_BL=mask_BL)[:, :4]
+    cut = denoiser(x_BLD[:, :4], t_B, photos, mask_BL=mask_BL[:, :4])
+    torch.testing.assert_close(other, whole)
+    torch.testing.assert_close(cut, whole)
+    assert (denoiser(x_BLD, t_B, photos)[:, :4] - whole).abs().max() > 0.01
+
+
 def test_trained_embeddings_keep_unit_variance() -> None:
     denoiser = small_denoiser(train_embeddings=True)
     with torch.no_grad():

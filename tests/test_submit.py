@@ -296,6 +296,30 @@ def test_what_becomes_of_a_job(
     assert (result == 0) == how.startswith("SLURM")
 
 
+@pytest.mark.parametrize(
+    "said, how",
+    [
+        ("", "requeued, saved at step 10: node n3: lost"),  # it alone is silent
+        ("srun: error: Node failure on n1\n", "requeued, saved at step 10: node n1: lost"),  # SLURM noticed as well
+        ("srun: error: n3: tasks 2-3: Killed\n", "requeued, saved at step 10: rank 1 on n2: lost another rank"),
+    ],
+)
+def test_a_missed_neighbour_is_named(
+    said: str, how: str, tmp_path: Path, tiny_config: Path, programs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained(tmp_path, tiny_config, 10)
+    run.logs.mkdir()
+    (run.logs / "train.7.1.log").write_text(LOST_NEIGHBOUR)
+    (tmp_path / "said").write_text(ERROR + "srun: error: n1: task 0: Terminated\n" + said)
+    names = 'case "$1 $2" in "show hostnames") echo ${3//,/ };; *) echo "JobId=7 JobState=RUNNING";; esac'
+    program(programs, "scontrol", names)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1,n2,n3")
+    monkeypatch.setattr(job.time, "sleep", lambda seconds: None)
+    job.after(run, "train", 1, tmp_path / "said")
+    assert read_records(run)[-1]["how"] == how
+
+
 def test_a_run_that_has_come_to_its_end(tmp_path: Path, tiny_config: Path, programs: Path) -> None:
     """Status 0, so that the evaluation starts; nothing is asked of SLURM."""
     assert job.after(trained(tmp_path, tiny_config, 20), "train", 0, tmp_path / "said") == 0

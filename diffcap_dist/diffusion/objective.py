@@ -260,7 +260,8 @@ class DiffusionObjective(nn.Module):
 
     def _hidden(self, x_BLD: Tensor, t_B: Tensor, rows: _Rows, previous_x0_BLD: Tensor | None = None) -> Tensor:
         """hidden_BLD; with text guidance (1 + w) f(x, text) - w f(x) (section 5.1, in training as published)."""
-        mask_BL = rows.ids_BL != self.pad_id if self.network.config.mask_padding else None
+        masks_padding = self.network.config.mask_padding or self.network.length_head is not None
+        mask_BL = rows.ids_BL != self.pad_id if masks_padding else None
         inputs = (x_BLD, t_B, rows.image, previous_x0_BLD, rows.image_dropped_N, mask_BL)
         if rows.text_BF is None or (w := self.config.text_guidance) == 0:
             return self.network(*inputs)

@@ -103,10 +103,13 @@ def unmask(
     open_B1 = open_BL.sum(-1, keepdim=True)
     for step in range(num_inference_steps):
         t = 1.0 - step / num_inference_steps
-        probability_BLV = predict(ids_BL.masked_fill(masked_BL, mask_id), t).float().log_softmax(-1)
-        drawn_BL = (probability_BLV if choice is None else probability_BLV + choice(step)).argmax(-1)
-        drawn_confidence_BL = probability_BLV.gather(-1, drawn_BL[..., None])[..., 0].exp()
+        logits_BLV = predict(ids_BL.masked_fill(masked_BL, mask_id), t).float()
+        drawn_BL = (logits_BLV if choice is None else logits_BLV + choice(step)).argmax(-1)
         ids_BL = torch.where(masked_BL, drawn_BL, ids_BL)
+        if step == num_inference_steps - 1 and on_step is None:
+            break  # nobody asks how sure they are
+        drawn_logits_BL = logits_BLV.gather(-1, drawn_BL[..., None])[..., 0]
+        drawn_confidence_BL = (drawn_logits_BL - logits_BLV.logsumexp(-1)).exp()
         confidence_BL = torch.where(masked_BL, drawn_confidence_BL, confidence_BL)
         if on_step is not None:
             on_step(step, t, ids_BL, confidence_BL)

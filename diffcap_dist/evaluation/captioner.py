@@ -68,9 +68,11 @@ class Captioner:
             return self._left_to_right(self.network, features, noise, drafts)
         guidance_scale = self.config.sampler.guidance_scale
         known = self._foretold(features) if self.network.length_head is not None else None
-        if self.config.diffusion.kind == "masked":  # what is known is among the words that it is given
-            return self._unmasked(_GuidedDenoiser(self.network, features, guidance_scale), noise, known, drafts)
-        return self._denoised(_GuidedDenoiser(self.network, features, guidance_scale, known), noise, known, drafts)
+        denoise = _GuidedDenoiser(self.network, features, guidance_scale, known)
+        write = self._unmasked if self.config.diffusion.kind == "masked" else self._denoised
+        ids_BL = write(denoise, noise, known, drafts)
+        unwritten = self.config.data.max_length - ids_BL.shape[1]
+        return torch.nn.functional.pad(ids_BL, (0, unwritten), value=self.tokenizer.pad_id)
 
     def _denoised(
         self, denoise: _GuidedDenoiser, noise: _PhotoNoise, known: _Known | None, drafts: list[list[Draft]] | None
@@ -78,6 +80,10 @@ class Captioner:
         """Continuous diffusion: Gaussian noise over the embeddings, denoised."""
         sampler = self.config.sampler
         shape = (self.config.data.max_length, denoise.network.embedding_dim)
+        length = shape[0] if known is None else known.ids_BL.shape[1]
+
+        def noise_BLD(purpose: str) -> Tensor:  # a photo's does not depend on how long the others are
+            return noise(purpose, shape)[:, :length]
 
         def on_step(step: int, t: float, _: Tensor) -> None:
             if drafts is not None:
@@ -85,16 +91,16 @@ class Captioner:
                 self._record(drafts, step, t, ids_BL if known is None else known.put(ids_BL), probability_BL)
 
         if sampler.name == "x0_feedback":
-            x0_feedback(denoise, noise("x_T", shape), sampler.num_inference_steps, on_step=on_step)
+            x0_feedback(denoise, noise_BLD("x_T"), sampler.num_inference_steps, on_step=on_step)
         else:
             ddim(
                 denoise,
-                noise("x_T", shape),
+                noise_BLD("x_T"),
                 self.schedule,
                 sampler.num_inference_steps,
                 time_difference=sampler.time_difference,
                 eta=sampler.eta,
-                noise=lambda step: noise(f"step {step}", shape),
+                noise=lambda step: noise_BLD(f"step {step}"),
                 on_step=on_step,
             )
         ids_BL = denoise.logits_BLV.argmax(dim=-1)
@@ -106,19 +112,22 @@ class Captioner:
         """Masked diffusion: words written in the order of their confidence."""
         sampler, mask_id, max_length = self.config.sampler, self.tokenizer.mask_id, self.config.data.max_length
         rows = len(noise.numbers) * sampler.candidates
+        ends = set() if known else {self.tokenizer.sep_id, self.tokenizer.pad_id}
         if known is None:
             everywhere_BL = torch.ones(rows, max_length, dtype=torch.bool, device=noise.like.device)
             known = _Known(everywhere_BL, torch.full_like(everywhere_BL, mask_id, dtype=torch.long))
-        foretold = self.network.length_head is not None
-        ends = set() if foretold else {self.tokenizer.sep_id, self.tokenizer.pad_id}
-        never = sorted(self.tokenizer.special_ids - ends)
+        length = known.ids_BL.shape[1]
+        never = torch.tensor(sorted(self.tokenizer.special_ids - ends), device=noise.like.device)
         previous_x0_BLD: Tensor | None = None
 
         def predict(ids_BL: Tensor, t: float) -> Tensor:
             nonlocal previous_x0_BLD
             x_BLD = denoise.network.embed(ids_BL).to(noise.like.dtype)
-            previous_x0_BLD = denoise(x_BLD, t, previous_x0_BLD)
-            return denoise.logits_BLV.index_fill(-1, torch.tensor(never, device=ids_BL.device), -math.inf)
+            if denoise.network.config.self_conditioning:
+                previous_x0_BLD = denoise(x_BLD, t, previous_x0_BLD)
+            else:  # nobody looks at the estimate
+                denoise.look(x_BLD, t)
+            return denoise.logits_BLV.index_fill_(-1, never, -math.inf)
 
         def on_step(step: int, t: float, ids_BL: Tensor, confidence_BL: Tensor) -> None:
             if drafts is not None:
@@ -133,7 +142,9 @@ class Captioner:
             mask_id,
             sampler.num_inference_steps,
             revise=sampler.revise,
-            choice=(lambda step: sampler.temperature * _gumbel(noise(f"step {step}", shape))) if draw else None,
+            choice=(lambda step: sampler.temperature * _gumbel(noise(f"step {step}", shape)[:, :length]))
+            if draw
+            else None,
             on_step=on_step,
         )
 
@@ -171,15 +182,17 @@ class Captioner:
 
     def _foretold(self, features: ImageFeatures) -> _Known:
         """How long each candidate is to be: candidate c of C takes the (c + 1/2) / C quantile of the length head's
-        distribution, one candidate its median."""
+        distribution, one candidate its median. As wide as the longest of them."""
         tokenizer, C = self.tokenizer, self.config.sampler.candidates
         up_to_NL = self.network.length_logits(features).float().softmax(-1).cumsum(-1)
         quantile_C = (torch.arange(C, device=up_to_NL.device) + 0.5) / C
         lengths_NC = 1 + (up_to_NL[:, None] < quantile_C[None, :, None]).sum(-1).clamp(max=up_to_NL.shape[1] - 1)
         lengths_B1 = lengths_NC.flatten()[:, None]
-        open_BL = open_positions(lengths_B1, up_to_NL.shape[1])
-        ids_BL = torch.full_like(open_BL, tokenizer.pad_id, dtype=torch.long)
-        return _Known(open_BL, ids_BL.scatter(1, lengths_B1 - 1, tokenizer.sep_id))
+        open_BL = open_positions(lengths_B1, int(lengths_B1.max()))
+        ids_BL = torch.full_like(open_BL, tokenizer.pad_id, dtype=torch.long).scatter(
+            1, lengths_B1 - 1, tokenizer.sep_id
+        )
+        return _Known(open_BL, ids_BL, open_BL | (ids_BL == tokenizer.sep_id))
 
     def _texts(self, ids_BL: Tensor) -> list[str]:
         texts = self.tokenizer.decode(ids_BL.cpu().numpy())
@@ -199,10 +212,11 @@ class Captioner:
 
 @dataclass(frozen=True)
 class _Known:
-    """What is given at the start: ids_BL, but where ``open_BL``."""
+    """What is given at the start: ids_BL, but where ``open_BL``. Where ``words_BL`` is False there is padding."""
 
     open_BL: Tensor
     ids_BL: Tensor
+    words_BL: Tensor | None = None
 
     def put(self, ids_BL: Tensor) -> Tensor:
         return torch.where(self.open_BL, ids_BL, self.ids_BL)
@@ -230,25 +244,30 @@ class _GuidedDenoiser:
     """The ``denoise`` function of the samplers: the denoiser with classifier-free guidance (Ho & Salimans 2022).
 
     hidden = without + scale (with - without), where "without" hides the image. Keeps the last logits_BLV. Where there
-    are ``known`` positions, they are clean in what it sees and in what it gives.
+    are ``known`` positions, they are clean in what it sees and in what it gives, and no attention goes to the padding.
     """
 
     def __init__(
         self, network: Denoiser, features: ImageFeatures, guidance_scale: float, known: _Known | None = None
     ) -> None:
         self.network, self.features, self.guidance_scale, self.known = network, features, guidance_scale, known
+        self.mask_BL = None if known is None else known.words_BL
         self.logits_BLV = torch.empty(0)
 
     def __call__(self, x_BLD: Tensor, t: float, previous_x0_BLD: Tensor | None) -> Tensor:
-        x_BLD = self._with_known(x_BLD)
+        hidden_BLD = self.look(self._with_known(x_BLD), t, previous_x0_BLD)
+        return self._with_known(self.network.clean_estimate(hidden_BLD, self.logits_BLV))
+
+    def look(self, x_BLD: Tensor, t: float, previous_x0_BLD: Tensor | None = None) -> Tensor:
+        """hidden_BLD, and ``logits_BLV``."""
         t_B = torch.full(x_BLD.shape[:1], t, device=x_BLD.device)
-        hidden_BLD = self.network(x_BLD, t_B, self.features, previous_x0_BLD)
+        hidden_BLD = self.network(x_BLD, t_B, self.features, previous_x0_BLD, None, self.mask_BL)
         if self.guidance_scale != 1.0:
             hide_N = torch.ones(len(self.features.pooled_NF), dtype=torch.bool, device=x_BLD.device)
-            without_BLD = self.network(x_BLD, t_B, self.features, previous_x0_BLD, hide_N)
+            without_BLD = self.network(x_BLD, t_B, self.features, previous_x0_BLD, hide_N, self.mask_BL)
             hidden_BLD = without_BLD + self.guidance_scale * (hidden_BLD - without_BLD)
         self.logits_BLV = self.network.logits(hidden_BLD)
-        return self._with_known(self.network.clean_estimate(hidden_BLD, self.logits_BLV))
+        return hidden_BLD
 
     def _with_known(self, x_BLD: Tensor) -> Tensor:
         if self.known is None:

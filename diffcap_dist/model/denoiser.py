@@ -120,16 +120,17 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         """hidden_BLD at the caption positions. B is a multiple of the N photos: rows of one photo stand together.
 
+        L may be less than ``max_length``, where the rest is padding that nothing would attend to.
         ``previous_x0_BLD`` is an earlier estimate (self-conditioning; Chen et al. 2022, arXiv:2208.04202), zeros where
         there is none. Where ``image_dropped_N`` is True the photo is hidden from its rows. Nothing attends to caption
         positions where ``mask_BL`` is False. ``guide`` needs ``model.text_token``.
         """
         B, L, D = x_BLD.shape
         num_photos = image.pooled_NF.shape[0]
-        if self.max_length != L or self.embedding_dim != D or t_B.shape != (B,) or B % num_photos:
+        if self.max_length < L or self.embedding_dim != D or t_B.shape != (B,) or B % num_photos:
             raise ValueError(
-                f"expected x of shape (B, {self.max_length}, {self.embedding_dim}), t of shape (B,), and B a multiple "
-                f"of the photos; got x {tuple(x_BLD.shape)}, t {tuple(t_B.shape)}, {num_photos} photos"
+                f"expected x of shape (B, {self.max_length} or less, {self.embedding_dim}), t of shape (B,), and B a "
+                f"multiple of the photos; got x {tuple(x_BLD.shape)}, t {tuple(t_B.shape)}, {num_photos} photos"
             )
         if self.config.self_conditioning:
             previous = torch.zeros_like(x_BLD) if previous_x0_BLD is None else previous_x0_BLD.to(x_BLD.dtype)
@@ -138,7 +139,11 @@ class Denoiser(nn.Module):
         tokens_BSH, mask_BS = self._fused(self.input_projection(x_BLD), features_BPH, mask_BL, guide)
         if self.time_mlp is not None:
             tokens_BSH = tokens_BSH + self.time_mlp(_sinusoids(t_B).to(x_BLD.dtype))[:, None]
-        hidden_BSH = self.body(inputs_embeds=tokens_BSH, attention_mask=mask_BS).last_hidden_state
+        at_S = torch.arange(tokens_BSH.shape[1], device=x_BLD.device)
+        at_S[L:] += self.max_length - L  # features keep their places
+        hidden_BSH = self.body(
+            inputs_embeds=tokens_BSH, attention_mask=mask_BS, position_ids=at_S[None]
+        ).last_hidden_state
         hidden_BLD = self.output_projection(hidden_BSH[:, :L])
         return hidden_BLD if self.head is None else self.head(hidden_BLD)
 
