@@ -21,7 +21,7 @@ import jinja2
 from diffcap_dist.config import ConfigError
 from diffcap_dist.data.shard_format import atomic_write
 from diffcap_dist.run_dir import RunDir
-from diffcap_dist.sweep_dir import START, SweepDir, added_row, left_out_row
+from diffcap_dist.sweep_dir import START, Row, SweepDir, added_row, left_out_row
 from diffcap_dist.sweep_report import Line, Sweep, facts, interval, read_sweep, spread, text_table
 
 SCORES = {"bleu_4": "BLEU-4", "cider_d": "CIDEr-D", "scene_accuracy": "scene accuracy"}
@@ -59,7 +59,7 @@ def measure(sweep: Sweep) -> dict[str, Any]:
     rows = []
     before = lines[START]
     for change in changes:
-        after, without = lines[added_row(change)], lines[left_out_row(changes, change)]
+        after, without = lines[added_row(change)], lines.get(left_out_row(changes, change), Line(Row("not tried")))
         rows.append(
             {
                 "change": change.name,

@@ -56,6 +56,7 @@ class Change:
     name: str
     settings: dict[str, Any]
     why: str = ""
+    left_out: bool = True  # whether it is tried without it; false where the later ones can't do so, or undo it
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,8 @@ def ablation_rows(changes: Sequence[Change]) -> list[Row]:
     for number, change in enumerate(changes, start=1):
         rows.append(Row(added_row(change), settings=_merged(changes[:number]), note=change.why))
     for change in changes[:-1]:
+        if not change.left_out:
+            continue
         settings = _merged([one for one in changes if one is not change])
         rows.append(Row(left_out_row(changes, change), settings=settings))
     return rows

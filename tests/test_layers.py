@@ -25,7 +25,7 @@ LAYERS = {
     3: ["training.universal", "evaluation.captioner"],
     4: ["training.checkpoint", "sweep_report", "evaluation.validation", "evaluation.seed_protocol"],
     5: ["evaluation.trained_run"],
-    6: ["train", "evaluate", "caption", "distill", "frontier", "report", "demo", "train_clip"],
+    6: ["train", "evaluate", "caption", "distill", "frontier", "ablate", "report", "demo", "train_clip"],
     7: ["__main__"],
 }  # fmt: skip
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}

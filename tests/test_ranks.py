@@ -136,8 +136,9 @@ def test_the_road_end_to_end(tiny_config: Path, tmp_path: Path) -> None:
     assert diffcap.main(["report", str(run.root)]) == 0
     assert run.report.stat().st_size > 10_000
     teacher = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
-    assert diffcap.main(["distill", str(run.root), "--out", str(teacher[0])]) == 0
-    launch(2, "diffcap_dist.distill", str(run.root), "--out", str(teacher[1]))
+    drawing = ["--best-of", "2", "--temperature", "1", "sampler.eta=1"]
+    assert diffcap.main(["distill", str(run.root), "--out", str(teacher[0]), *drawing]) == 0
+    launch(2, "diffcap_dist.distill", str(run.root), "--out", str(teacher[1]), *drawing)
     assert teacher[0].read_bytes() == teacher[1].read_bytes()
     assert len(read_captions(teacher[0])) == 64
     records = list(run.read_metrics())

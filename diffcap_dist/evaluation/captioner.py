@@ -129,9 +129,9 @@ class Captioner:
                 denoise.look(x_BLD, t)
             return denoise.logits_BLV.index_fill_(-1, never, -math.inf)
 
-        def on_step(step: int, t: float, ids_BL: Tensor, confidence_BL: Tensor) -> None:
-            if drafts is not None:
-                self._record(drafts, step, t, ids_BL, confidence_BL)
+        def record(step: int, t: float, ids_BL: Tensor, confidence_BL: Tensor) -> None:
+            assert drafts is not None
+            self._record(drafts, step, t, ids_BL, confidence_BL)
 
         shape = (max_length, denoise.network.vocab_size)
         draw = sampler.temperature > 0
@@ -145,7 +145,7 @@ class Captioner:
             choice=(lambda step: sampler.temperature * _gumbel(noise(f"step {step}", shape)[:, :length]))
             if draw
             else None,
-            on_step=on_step,
+            on_step=None if drafts is None else record,
         )
 
     def _left_to_right(
