@@ -158,8 +158,8 @@ def full_size_traffic(stage: int, more: dict[str, Any], ranks: Ranks) -> dict[st
     """
     training = TrainingConfig(zero_stage=stage, global_batch_size=ranks.world_size)
     dtype = torch.bfloat16
-    model = ModelConfig(embedding_std=0.05, self_conditioning=False)
-    diffusion = DiffusionConfig(self_conditioning_rate=0.0)
+    model = ModelConfig(embedding_std=0.05, length_head=False)
+    diffusion = DiffusionConfig(kind="continuous")
     torch.manual_seed(0)
     objective = DiffusionObjective(Denoiser(model, NUM_WORDS, 4, (IMAGE_WIDTH, None)), diffusion, pad_id=0)
     parameters = sum(p.numel() for p in objective.parameters() if p.requires_grad)

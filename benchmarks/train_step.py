@@ -114,8 +114,8 @@ class OurStep(nn.Module):
     def __init__(self, denoiser: Denoiser, encoder: ImageEncoder) -> None:
         super().__init__()
         config = DiffusionConfig(
-            num_timesteps=NUM_STEPS_T, noise_scale=1.0, restore_loss="l1", restore_weight=1.0, first_step_weight=1.0,
-            rounding_weight=ROUNDING_WEIGHT, image_drop_rate=0.0, self_conditioning_rate=0.0,
+            kind="continuous", num_timesteps=NUM_STEPS_T, noise_scale=1.0, restore_loss="l1", restore_weight=1.0,
+            first_step_weight=1.0, rounding_weight=ROUNDING_WEIGHT, image_drop_rate=0.0, self_conditioning_rate=0.0,
         )  # fmt: skip
         self.encoder, self.objective = encoder, DiffusionObjective(denoiser, config, pad_id=0)
 
@@ -185,7 +185,7 @@ def build(variant: str, size: Size, clip_folder: Path, device: torch.device) -> 
     torch.manual_seed(0)
     model = ModelConfig(
         width=size.width, num_layers=size.num_layers, num_heads=size.width // 64, ffn_width=4 * size.width,
-        embedding_dim=size.width, time_embedding=False, self_conditioning=False, x0_from="body",
+        embedding_dim=size.width, length_head=False, time_embedding=False, self_conditioning=False, x0_from="body",
     )  # fmt: skip
     denoiser = Denoiser(model, size.vocab_size, size.max_length, (encoder.pooled_dim, None))
     if variant == "ours":

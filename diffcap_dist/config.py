@@ -87,14 +87,14 @@ class ModelConfig:
     embedding_dim: int = 768  # D; the table's own width when embeddings are pretrained
     fusion: Literal["concat", "add"] = "concat"
     time_embedding: bool = True
-    self_conditioning: bool = True
+    self_conditioning: bool = False  # continuous diffusion is also shown its last estimate
     # hat x0: the expected embedding under the logits, the body's output, or that of DistilBERT's head (the paper's)
     x0_from: Literal["logits", "body", "head"] = "logits"
     embedding_std: float = 1.0  # of the table's entries; 0 takes a pretrained table as it is (DistilBERT's: about 0.05)
     position_init_std: float = 0.5  # of a random body; DistilBERT's own is 0.02 (docs/results.md has what that costs)
     normalize_features: bool = True  # LayerNorm before the image features' projection; the paper has none
     mask_padding: bool = False  # in training nothing attends to [PAD] (the paper's code); at inference everything does
-    length_head: bool = False  # the length is foretold from the photo; what is behind it is then given, not denoised
+    length_head: bool = True  # the length is foretold from the photo; what is behind it is then given, not denoised
     text_token: bool = False  # in training the text feature of the true caption beside the image's (section 5.1)
 
 
@@ -102,7 +102,7 @@ class ModelConfig:
 class DiffusionConfig:
     """The forward process and the loss."""
 
-    kind: Literal["continuous", "masked"] = "continuous"  # Gaussian noise over embeddings, or words behind [MASK]
+    kind: Literal["masked", "continuous"] = "masked"  # words behind [MASK], or Gaussian noise over their embeddings
     schedule: Literal["cosine", "sqrt"] = "cosine"
     num_timesteps: int = 1000  # T: the x_1 term is at t = 1/T
     noise_scale: float = 4.0
@@ -135,10 +135,11 @@ class SamplerConfig:
     time_difference: float = 0.0  # the denoiser is told t + this (asymmetric time intervals)
     eta: float = 0.0  # 0 = DDIM, 1 = DDPM
     temperature: float = 0.0  # of masked diffusion and the autoregressive control: 0 takes the likeliest words
-    revise: bool = True  # masked diffusion: words of little confidence are masked again, whenever they were written
+    revise: bool = False  # masked diffusion: words of little confidence are masked again, whenever they were written
     num_beams: int = 1  # of the autoregressive control; 1 is greedy
     candidates: int = 1  # captions drawn per image; the one nearest to the others is kept
     remove_repeats: bool = False  # drop a word that repeats the one before it
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of an exported captioner; auto is bf16 on GPUs that have it
     seed: int = 0
 
 

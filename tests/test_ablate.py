@@ -20,7 +20,7 @@ seeds: [0, 1]
 changes:
   - {name: wide, settings: {model: {width: 64}}, why: "more room"}
   - {name: dropout, settings: {model: {dropout: 0.5}}}
-  - {name: masked, settings: {diffusion: {kind: masked}}}
+  - {name: Gaussian, settings: {diffusion: {kind: continuous}}}
 rows:
   - {name: the control, settings: {model: {kind: autoregressive}}}
 """
@@ -28,7 +28,7 @@ BLEU = {
     START: (0.10, 0.12),
     "+ wide": (0.20, 0.22),
     "+ dropout": (0.21, 0.21),
-    "+ masked": (0.40, 0.42),
+    "+ Gaussian": (0.40, 0.42),
     "all but wide": (0.30, 0.30),
     "the control": (0.5, 0.5),
 }
@@ -46,13 +46,13 @@ def test_changes_become_rows(table: Path) -> None:
     _, cells = planned(table, "--seeds", "0")
     told = {c.row.name: (c.config.model.width, c.config.model.dropout, c.config.diffusion.kind) for c in cells}
     assert told == {
-        START: (32, 0.0, "continuous"),
-        "+ wide": (64, 0.0, "continuous"),
-        "+ dropout": (64, 0.5, "continuous"),
-        "+ masked": (64, 0.5, "masked"),
-        "all but wide": (32, 0.5, "masked"),
-        "all but dropout": (64, 0.0, "masked"),
-        "the control": (32, 0.0, "continuous"),
+        START: (32, 0.0, "masked"),
+        "+ wide": (64, 0.0, "masked"),
+        "+ dropout": (64, 0.5, "masked"),
+        "+ Gaussian": (64, 0.5, "continuous"),
+        "all but wide": (32, 0.5, "continuous"),
+        "all but dropout": (64, 0.0, "continuous"),
+        "the control": (32, 0.0, "masked"),
     }
     changes = load_table(table).changes
     assert (
@@ -71,11 +71,11 @@ def test_gains_and_losses(table: Path, capsys: pytest.CaptureFixture[str]) -> No
     out = folder.root / "result"
     assert ablate.main([str(folder.root), "--out", str(out)]) == 0
     result = json.loads((out / "ablation.json").read_text())
-    wide, dropout, masked = result["changes"]
+    wide, dropout, gaussian = result["changes"]
     assert wide["gain"]["bleu_4"][0] == pytest.approx(0.10) and dropout["gain"]["bleu_4"][0] == pytest.approx(0.0)
     # Two seeds each, 0.02 apart: the pooled deviation is sqrt(0.0002), and t with two degrees of freedom 4.30.
     assert wide["gain"]["bleu_4"][1] == pytest.approx(4.30 * 0.0002**0.5)
-    assert wide["loss"]["bleu_4"][0] == pytest.approx(0.11) and masked["loss"]["bleu_4"][0] == pytest.approx(0.20)
+    assert wide["loss"]["bleu_4"][0] == pytest.approx(0.11) and gaussian["loss"]["bleu_4"][0] == pytest.approx(0.20)
     assert dropout["loss"]["bleu_4"] is None and "scene_accuracy" not in wide["added"]
     text = (out / "ablation.md").read_text()
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]

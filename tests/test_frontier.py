@@ -17,8 +17,8 @@ from diffcap_dist.evaluation.captioner import export_captioner
 from diffcap_dist.run_dir import RunDir
 
 KINDS = {
-    "ours": [],
-    "masked": ["diffusion.kind=masked", "model.length_head=true"],
+    "continuous": ["diffusion.kind=continuous"],
+    "masked": [],
     "control": ["model.kind=autoregressive"],
 }
 
@@ -47,7 +47,7 @@ def test_all_kinds_beside_each_other(runs: list[Path], tmp_path: Path, capsys: p
     result = json.loads((out / "frontier.json").read_text())
     points = result["points"]
     assert [(p["run"], p["num_inference_steps"]) for p in points] == [
-        *(("ours", steps) for _ in range(4) for steps in (1, 2)),
+        *(("continuous", steps) for _ in range(4) for steps in (1, 2)),
         *(("masked", steps) for _ in range(2) for steps in (1, 2)),
         *(("control", None) for _ in range(2)),
     ]

@@ -1,4 +1,4 @@
-"""Masked diffusion and the control through the real trainer, on one rank and on two."""
+"""Continuous diffusion and the control through the real trainer, on one rank and on two."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ pytestmark = pytest.mark.slow
     "kind",
     [
         ["model.kind=autoregressive", "sampler.num_beams=2"],
-        ["diffusion.kind=masked", "model.length_head=true", "model.train_embeddings=true"],
+        [
+            *("diffusion.kind=continuous", "model.length_head=false"),
+            *("model.self_conditioning=true", "model.train_embeddings=true"),
+        ],
     ],
-    ids=["autoregressive", "masked"],
+    ids=["autoregressive", "continuous"],
 )
 def test_each_kind_is_the_same_on_one_rank_and_on_two_at_stage_3(
     kind: list[str], tiny_config: Path, tmp_path: Path

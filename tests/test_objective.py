@@ -18,7 +18,7 @@ from diffcap_dist.model.denoiser import Denoiser, ImageFeatures
 
 L, V, N = 6, 40, 3
 CPU = torch.device("cpu")
-SMALL = ModelConfig(width=32, num_layers=2, num_heads=2, ffn_width=48, embedding_dim=24)
+SMALL = ModelConfig(width=32, num_layers=2, num_heads=2, ffn_width=48, embedding_dim=24, length_head=False)
 
 
 def small_denoiser(patches: int | None = 7, **changes: object) -> Denoiser:
@@ -95,8 +95,8 @@ def test_restore_loss() -> None:
 def test_objective_equals_a_plain_reference(x0_from: str, self_conditioning: bool) -> None:
     """One row at a time, features repeated, logits materialised: the same terms and gradients."""
     config = DiffusionConfig(
-        restore_weight=0.7, first_step_weight=0.2, rounding_weight=0.3, restore_loss="l1", timesteps_per_caption=3,
-        self_conditioning_rate=float(self_conditioning), image_drop_rate=0.4,
+        kind="continuous", restore_weight=0.7, first_step_weight=0.2, rounding_weight=0.3, restore_loss="l1",
+        timesteps_per_caption=3, self_conditioning_rate=float(self_conditioning), image_drop_rate=0.4,
     )  # fmt: skip
     denoiser = small_denoiser(x0_from=x0_from, self_conditioning=self_conditioning)
     ids_NCL = torch.randint(0, V, (N, 2, L))

@@ -29,13 +29,13 @@ TINY = DistilBertConfig(vocab_size=40, dim=16, n_layers=2, n_heads=2, hidden_dim
 FULL = DistilBertConfig()  # distilbert-base-uncased
 # The published code, as a setting of ours.
 PAPER = DiffusionConfig(
-    noise_scale=1.0, timesteps_per_caption=4, timesteps="shared", shared_noise=True, restore_loss="l1",
-    restore_weight=1.0, first_step_weight=1.0, rounding_weight=0.3, loss_reduction="series_sum_sample_mean",
-    image_drop_rate=0.0, self_conditioning_rate=0.0,
+    kind="continuous", noise_scale=1.0, timesteps_per_caption=4, timesteps="shared", shared_noise=True,
+    restore_loss="l1", restore_weight=1.0, first_step_weight=1.0, rounding_weight=0.3,
+    loss_reduction="series_sum_sample_mean", image_drop_rate=0.0, self_conditioning_rate=0.0,
 )  # fmt: skip
 PAPER_MODEL = ModelConfig(
-    x0_from="head", embedding_std=0.0, normalize_features=False, mask_padding=True, time_embedding=False,
-    self_conditioning=False,
+    length_head=False, x0_from="head", embedding_std=0.0, normalize_features=False, mask_padding=True,
+    time_embedding=False, self_conditioning=False,
 )  # fmt: skip
 
 

@@ -309,6 +309,7 @@ def test_damage_is_replaced_counted_and_bounded(tiny_config: Path, scene_shards:
 
 
 PAPERS = """
+diffusion.kind=continuous model.length_head=false
 data.begin_token=true model.x0_from=head model.embedding_std=0.05 model.position_init_std=0.02
 model.normalize_features=false model.mask_padding=true model.time_embedding=false model.self_conditioning=false
 model.text_token=true diffusion.noise_scale=1 diffusion.timesteps_per_caption=5 diffusion.timesteps=shared

@@ -251,7 +251,8 @@ def test_a_report_before_anything_ran(table: Path, capsys: pytest.CaptureFixture
 
 
 def test_losses_are_what_the_paper_prints(table: Path) -> None:
-    _, cells = planned(table, "diffusion.restore_weight=1", "diffusion.first_step_weight=1")
+    words = ["diffusion.kind=continuous", "diffusion.restore_weight=1", "diffusion.first_step_weight=1"]
+    _, cells = planned(table, *words)
     finish(cells[0])
     for step in range(1, 101):  # the last tenth counts; lambda times rounding is what the other terms leave of the loss
         value = 5.0 if step > 90 else 99.0

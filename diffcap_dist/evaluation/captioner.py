@@ -32,6 +32,7 @@ from diffcap_dist.evaluation.scores import count_caption, tokenize
 from diffcap_dist.model.autoregressive import AutoregressiveModel
 from diffcap_dist.model.denoiser import Denoiser, ImageFeatures
 from diffcap_dist.model.image_encoder import ImageEncoder
+from diffcap_dist.training.engine import choose_precision
 
 
 @dataclass
@@ -63,7 +64,8 @@ class Captioner:
         self, features: ImageFeatures, keys: Sequence[str], drafts: list[list[Draft]] | None = None
     ) -> Tensor:
         """ids_BL as the network leaves them, special tokens and repeats included; a photo's candidates together."""
-        noise = _PhotoNoise(keys, self.config.sampler, features.pooled_NF)
+        noise = _PhotoNoise(keys, self.config.sampler, features.pooled_NF.float())
+        features = features.to(features.pooled_NF.device, self.network.dtype)
         if isinstance(self.network, AutoregressiveModel):
             return self._left_to_right(self.network, features, noise, drafts)
         guidance_scale = self.config.sampler.guidance_scale
@@ -256,11 +258,12 @@ class _GuidedDenoiser:
 
     def __call__(self, x_BLD: Tensor, t: float, previous_x0_BLD: Tensor | None) -> Tensor:
         hidden_BLD = self.look(self._with_known(x_BLD), t, previous_x0_BLD)
-        return self._with_known(self.network.clean_estimate(hidden_BLD, self.logits_BLV))
+        return self._with_known(self.network.clean_estimate(hidden_BLD, self.logits_BLV).to(x_BLD.dtype))
 
     def look(self, x_BLD: Tensor, t: float, previous_x0_BLD: Tensor | None = None) -> Tensor:
-        """hidden_BLD, and ``logits_BLV``."""
+        """hidden_BLD, and ``logits_BLV``. The state x_BLD of a sampler is fp32, whatever the network computes in."""
         t_B = torch.full(x_BLD.shape[:1], t, device=x_BLD.device)
+        x_BLD = x_BLD.to(self.network.dtype)
         hidden_BLD = self.network(x_BLD, t_B, self.features, previous_x0_BLD, None, self.mask_BL)
         if self.guidance_scale != 1.0:
             hide_N = torch.ones(len(self.features.pooled_NF), dtype=torch.bool, device=x_BLD.device)
@@ -310,7 +313,8 @@ def load_captioner(folder: Path, overrides: Sequence[str] = (), device: torch.de
     network = build_network(config, tokenizer.vocab_size, (pooled, patches))
     network.load_state_dict(load_file(folder / "model.safetensors"))
     network.eval().requires_grad_(False)
-    return Captioner(network.to(device or torch.device("cpu")), config, tokenizer)
+    device = device or torch.device("cpu")
+    return Captioner(network.to(device, choose_precision(config.sampler.precision, device)[0]), config, tokenizer)
 
 
 def begin_with(network: Denoiser, run: Path) -> list[str]:

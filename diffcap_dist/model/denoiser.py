@@ -100,6 +100,11 @@ class Denoiser(nn.Module):
         )
         self._init_new_weights()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.no_image.dtype
+
     def embed(self, ids_BL: Tensor) -> Tensor:
         """Clean embeddings x0_BLD of caption ids."""
         return nn.functional.embedding(ids_BL, self.embedding_matrix())
