@@ -46,8 +46,8 @@ SETTINGS = """
 run_dir: unset
 data: {{shards: {folder}/shards, features: words, max_length: 16, num_workers: 0, canonical_spans: 4}}
 encoder: {{name: "", pretrained: ""}}
-model: {{self_conditioning: false}}  # a second forward at every other step, by a coin: noise here
-diffusion: {{self_conditioning_rate: 0}}
+model: {{length_head: false}}
+diffusion: {{kind: continuous}}
 training: {{precision: fp32}}
 """
 

@@ -111,7 +111,9 @@ def _photos_per_second(sweep: Sweep, line: Line) -> float | None:
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    scores = [name for name in SCORES if any(name in row["scores"] for row in [result["start"], *result["others"]])]
+    found = [row["scores"] for row in (result["start"], *result["others"])]
+    found += [row[part] for row in result["changes"] for part in ("added", "left_out")]
+    scores = [name for name in SCORES if any(name in one for one in found)]
     base = result["start"]["photos_per_second"]
 
     def cost(row: dict[str, Any]) -> str:

@@ -93,7 +93,8 @@ class ModelConfig:
     embedding_std: float = 1.0  # of the table's entries; 0 takes a pretrained table as it is (DistilBERT's: about 0.05)
     position_init_std: float = 0.5  # of a random body; DistilBERT's own is 0.02 (docs/results.md has what that costs)
     normalize_features: bool = True  # LayerNorm before the image features' projection; the paper has none
-    mask_padding: bool = False  # in training nothing attends to [PAD] (the paper's code); at inference everything does
+    # in training nothing attends to [PAD] (the paper's code), at inference everything; with length_head nothing ever
+    mask_padding: bool = False
     length_head: bool = True  # the length is foretold from the photo; what is behind it is then given, not denoised
     text_token: bool = False  # in training the text feature of the true caption beside the image's (section 5.1)
 
@@ -116,6 +117,7 @@ class DiffusionConfig:
     restore_weight: float = 0.0  # weight of |hat x0 - x0| at the drawn timesteps
     first_step_weight: float = 0.0  # weight of the restore term at t = 1/T (the paper's x_1 term)
     rounding_weight: float = 1.0  # lambda
+    length_weight: float = 0.1  # of the length head's cross-entropy: it must not shape the photo's projection
     dynamic_rounding: float = 0.0  # C: lambda = C L'_simple / L_R after each step (section 5.3); 0 = constant
     # means; sums over positions (the paper's code, in its two versions); sums over all but captions (equation 5)
     loss_reduction: Literal["mean", "series_sum_sample_mean", "series_sum", "printed"] = "mean"
@@ -139,7 +141,7 @@ class SamplerConfig:
     num_beams: int = 1  # of the autoregressive control; 1 is greedy
     candidates: int = 1  # captions drawn per image; the one nearest to the others is kept
     remove_repeats: bool = False  # drop a word that repeats the one before it
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of an exported captioner; auto is bf16 on GPUs that have it
+    precision: Literal["fp32", "bf16"] = "fp32"  # of an exported captioner; in bf16 near-ties may fall either way
     seed: int = 0
 
 
@@ -197,6 +199,11 @@ class Config:
     def __post_init__(self) -> None:
         for message in _conflicts(self):
             raise ConfigError(message)
+
+    @property
+    def kind(self) -> str:
+        """How captions are written: ``continuous``, ``masked`` or ``autoregressive``."""
+        return "autoregressive" if self.model.kind == "autoregressive" else self.diffusion.kind
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -268,7 +275,8 @@ def _conflicts(config: Config) -> list[str]:
         "diffusion.text_guidance > 0 and model.text_token=true go together": (
             (config.diffusion.text_guidance > 0) != config.model.text_token
         ),
-        "diffusion.kind=masked predicts words: set model.x0_from=logits, restore_weight=0 and first_step_weight=0": (
+        "diffusion.kind=masked predicts words: set model.x0_from=logits, restore_weight=0 and first_step_weight=0, "
+        "or diffusion.kind=continuous": (
             config.diffusion.kind == "masked"
             and (
                 model.x0_from != "logits" or bool(config.diffusion.restore_weight or config.diffusion.first_step_weight)

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffcap_dist.data.shard_format import atomic_write
+from diffcap_dist.data.shard_format import atomic_write, references_of
 from diffcap_dist.evaluation.captioner import Captioner
 from diffcap_dist.evaluation.scores import count_caption, count_references, counted_cider_d, tokenize
 from diffcap_dist.evaluation.trained_run import caption_share, load_run, open_split
@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=64, help="photos at a time on one rank")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; LOCAL_RANK says it
     args = parser.parse_intermixed_args(argv)
+    if args.best_of and args.temperature <= 0:
+        raise ValueError(f"--temperature {args.temperature}: captions are drawn at one above 0")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     ranks = distributed.init_ranks()
     try:
@@ -46,11 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         written, records = caption_share(captioner, reader, encoder, args.batch_size, ranks)
         drafts = {key: [caption] for key, caption in written.items()}
         for number in range(args.best_of):
-            drawing = _drawing(captioner, args.temperature, number)
+            drawing = _drawing(captioner, args.temperature, captioner.config.sampler.seed + 1 + number)
             drawn, _ = caption_share(drawing, reader, encoder, args.batch_size, ranks)
             for key, caption in drawn.items():
                 drafts[key].append(caption)
-        references = {key: record["captions"] for key, record in records.items()} if args.best_of else {}
+        references = {key: references_of(record) for key, record in records.items()} if args.best_of else {}
         gathered = distributed.gather_to_first((drafts, references), ranks)
     finally:
         distributed.finish()

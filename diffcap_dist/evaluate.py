@@ -142,7 +142,7 @@ def evaluate_as_seed(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any] |
         "floor_caption": floor_caption,
         "split": split,
         "split_by": seed_protocol.split_by(rows),
-        "sampler": sampler.name,
+        "sampler": sampler.name if captioner.config.kind == "continuous" else captioner.config.kind,
         "num_inference_steps": sampler.num_inference_steps,
         "step": about_export(run_dir.export)["step"],
         "world_size": ranks.world_size,
@@ -269,7 +269,7 @@ def _clip_share(
     features: dict[str, ClipFeatures] = {}
     num_blocks = math.ceil(sum(reader.counts) / CLIP_PHOTOS_AT_ONCE)
     blocks = range(ranks.rank, num_blocks, ranks.world_size)
-    for block in tqdm(blocks, disable=not ranks.is_first, unit="block", desc="CLIPScore", dynamic_ncols=True):
+    for block in tqdm(blocks, disable=ranks.no_progress, unit="block", desc="CLIPScore", dynamic_ncols=True):
         photos = list(evaluation_photos(reader, block, num_blocks))
         photo_NF = photo_features(photos, encoder, ranks.device, torch.float32).pooled_NF.cpu().numpy()
         texts = [references_of(photo.record) for photo in photos]

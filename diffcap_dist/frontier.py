@@ -28,7 +28,6 @@ import jinja2
 import torch
 from tqdm import tqdm
 
-from diffcap_dist.config import Config
 from diffcap_dist.data.shard_format import atomic_write
 from diffcap_dist.data.stream import evaluation_photos
 from diffcap_dist.evaluation.captioner import Captioner
@@ -124,7 +123,7 @@ def measure(args: argparse.Namespace, ranks: distributed.Ranks) -> tuple[list[Po
         points += points_of(path, captioner, args.steps)
     assert rows is not None
     total = sum(len(keys) for keys, _ in batches)
-    for number in tqdm(range(args.rounds), unit="round", dynamic_ncols=True):
+    for number in tqdm(range(args.rounds), unit="round", disable=None, dynamic_ncols=True):
         for point in points:
             captions, seconds = caption_all(point.captioner, batches, ranks.device)
             point.seconds.append(seconds)
@@ -136,7 +135,7 @@ def measure(args: argparse.Namespace, ranks: distributed.Ranks) -> tuple[list[Po
 
 def points_of(path: Path, captioner: Captioner, steps: Sequence[int]) -> list[Point]:
     """Every sampler of the captioner's kind, with every number of steps."""
-    kind = kind_of(captioner.config)
+    kind = captioner.config.kind
     found = []
     for name, settings in SAMPLERS[kind].items():
         for count in [None] if kind == "autoregressive" else steps:
@@ -147,10 +146,6 @@ def points_of(path: Path, captioner: Captioner, steps: Sequence[int]) -> list[Po
             other = Captioner(captioner.network, config, captioner.tokenizer)
             found.append(Point(RunDir(path).root.name, kind, name, count, other))
     return found
-
-
-def kind_of(config: Config) -> str:
-    return "autoregressive" if config.model.kind == "autoregressive" else config.diffusion.kind
 
 
 def caption_all(

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jinja2
 from PIL import Image
@@ -337,7 +337,7 @@ class Chart:
 
 def charts(data: RunData) -> list[Chart]:
     second = "scene_accuracy" if any("scene_accuracy" in line for line in data.validation) else "cider_d"
-    terms = {name: points(data.training, name) for name in ("loss", "rounding", "restore", "first_step")}
+    terms = {name: points(data.training, name) for name in ("loss", "rounding", "restore", "first_step", "length")}
     if terms["rounding"] == terms["loss"]:
         del terms["rounding"]  # the loss has that term only
     return [
@@ -524,6 +524,45 @@ def _card(data: RunData, key: str, caption: str, rows: Sequence[Row] = ()) -> Ca
     )
 
 
+# ---- what kind of model this is ----
+
+
+class Story(NamedTuple):
+    """How captions come about, in words: title, what the model does in so many steps, and what its drafts show."""
+
+    title: str
+    what: str
+    drafts_title: str
+    drafts: str
+
+
+STORIES = {
+    "masked": Story(
+        "Captions that fill in from blanks",
+        "A captioner that writes by masked diffusion: every word of a caption starts hidden, and {steps} steps write "
+        "them, the surest first, while the model looks at the picture.",
+        "How a caption fills in",
+        "The model's whole caption at each step. The number is t, the share of the words that were still hidden when "
+        "the step began: at t = 1 the model sees only the picture.",
+    ),
+    "continuous": Story(
+        "Captions that emerge from noise",
+        "A captioner that writes by diffusion: every word of a caption starts as pure noise, and all words are cleaned "
+        "up together, in {steps} steps, while the model looks at the picture.",
+        "How a caption emerges from noise",
+        "The model's estimate of the whole caption at each denoising step. The number is t, the time of the step: at "
+        "t = 1 the model sees only noise and the picture, near t = 0 a sentence.",
+    ),
+    "autoregressive": Story(
+        "Captions written left to right",
+        "The control: the same network without diffusion, which writes a word a step behind those before it, while it "
+        "looks at the picture.",
+        "How a caption is written",
+        "The caption so far, a word a step. The number is t, the share of the positions that were still free.",
+    ),
+}
+
+
 # ---- setup ----
 
 
@@ -536,7 +575,12 @@ def settings(config: Config, scores: Mapping[str, Any]) -> dict[str, str]:
         "Encoder (frozen)": encoder.name + (f", {encoder.pretrained}" if encoder.pretrained else ""),
         "Denoiser": f"{model.num_layers} layers × {model.width}, {model.num_heads} heads, {model.body} body",
         "Words": f"{data.tokenizer} tokenizer, {data.max_length} tokens, {model.embedding_dim}-d embeddings",
-        "Noise": f"{diffusion.schedule} schedule, {diffusion.num_timesteps} timesteps, scale {diffusion.noise_scale:g}",
+        "Noise": {
+            "masked": "a share t of the words is hidden, t evenly over [0, 1]",
+            "continuous": f"{diffusion.schedule} schedule, {diffusion.num_timesteps} timesteps, "
+            f"scale {diffusion.noise_scale:g}",
+            "autoregressive": "none: left to right",
+        }[config.kind],
         "Loss weights": f"rounding {diffusion.rounding_weight:g}, restore {diffusion.restore_weight:g}",
         "Optimizer": f"AdamW, {optimizer.learning_rate:g}, {optimizer.schedule}, warm-up {optimizer.warmup_steps}",
         "Training": f"{training.num_steps:,} steps of {training.global_batch_size} photos, EMA {training.ema_decay:g}",
@@ -570,9 +614,13 @@ def render(data: RunData) -> str:
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     template = environment.from_string(files("diffcap_dist").joinpath("report.html.j2").read_text(encoding="utf-8"))
+    story = STORIES[data.config.kind]
+    steps = data.scores.get("num_inference_steps", data.config.sampler.num_inference_steps)
     return template.render(
         name=data.folder.resolve().name,
-        steps=data.scores.get("num_inference_steps", data.config.sampler.num_inference_steps),
+        story=story,
+        what=story.what.format(steps=steps),
+        steps=steps if data.config.kind != "autoregressive" else None,
         scores=data.scores,
         missing=data.missing,
         tiles=tiles(data.scores, data.training[-1].get("seconds") if data.training else None),

@@ -114,11 +114,13 @@ def _losses(run: RunDir) -> dict[str, float]:
         return {}
     diffusion = run.load_config().diffusion
     mean = {
-        name: statistics.fmean(record.get(name, 0.0) for record in last) for name in ("loss", "restore", "first_step")
+        name: statistics.fmean(record.get(name, 0.0) for record in last)
+        for name in ("loss", "restore", "first_step", "length")
     }
     # lambda may have changed from step to step, so its product is what the other terms leave.
     restore = diffusion.restore_weight * mean["restore"]
     weighted = mean["loss"] - restore - diffusion.first_step_weight * mean["first_step"]
+    weighted -= diffusion.length_weight * mean["length"]
     if not restore:
         return {"weighted_rounding": weighted}
     return {"restore": mean["restore"], "weighted_rounding": weighted, "loss": restore + weighted}

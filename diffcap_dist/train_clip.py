@@ -67,7 +67,7 @@ def _train(shards: Path, out: Path, wanted: dict[str, Any]) -> str:
     started = time.perf_counter()
     training = ContrastiveTraining(_read_photos(shards, "train"), wanted["steps"], wanted["seed"])
     print(training.described())
-    with tqdm(training.steps(), total=training.num_steps, desc="clip", unit="step") as progress:
+    with tqdm(training.steps(), total=training.num_steps, desc="clip", unit="step", disable=None) as progress:
         for losses in progress:
             progress.set_postfix({name: f"{value:.2f}" for name, value in losses.items()}, refresh=False)
     record = {**wanted, "val_photos": 0, "val_recall_at_1": None}

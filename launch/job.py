@@ -238,20 +238,23 @@ def last_traceback(log: Path) -> str:
 
 
 def hostnames(listed: str) -> list[str]:
-    """SLURM's short form of node names, n[1-3],m, spelled out."""
+    """SLURM's short form of node names, n[1-3],m, spelled out; none where it can't be asked."""
     if not listed:
         return []
-    done = subprocess.run(["scontrol", "show", "hostnames", listed], capture_output=True, text=True, timeout=60)
-    return done.stdout.split()
+    return _scontrol("show", "hostnames", listed).split()
 
 
 def job_state(job: str) -> dict[str, str]:
     """What ``scontrol show job`` says; empty where it can't be asked."""
+    return dict(word.split("=", 1) for word in _scontrol("-o", "show", "job", job).split() if "=" in word)
+
+
+def _scontrol(*words: str) -> str:
+    """What it prints; nothing where it can't be asked."""
     try:
-        done = subprocess.run(["scontrol", "-o", "show", "job", job], capture_output=True, text=True, timeout=60)
+        return subprocess.run(["scontrol", *words], capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
-        return {}
-    return dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
+        return ""
 
 
 def _requeue(job: str) -> bool:

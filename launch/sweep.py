@@ -293,14 +293,14 @@ def follow(cells: Sequence[Cell], jobs: Jobs) -> None:
     """Show the cells until all have ended: one table that is drawn again on a terminal, else a line for each change."""
     live = sys.stdout.isatty()
     shown: dict[str, str] = {}
-    ended: dict[str, tuple[str, str]] = {}  # not looked at again: a cell's config takes a while to read
+    done: dict[str, tuple[str, str]] = {}  # not looked at again: a cell's config takes a while to read
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no cell is left alone
     try:
         going = True
         while going:
             going = jobs.advance()
-            states = {cell.name: ended.get(cell.name) or jobs.state(cell) for cell in cells}
-            ended |= {name: state for name, state in states.items() if state[0] in (DONE, FAILED)}
+            states = {cell.name: done.get(cell.name) or jobs.state(cell) for cell in cells}
+            done |= {name: state for name, state in states.items() if state[0] == DONE}
             if live:
                 print((f"\x1b[{len(cells)}A" if shown else "") + state_table(states, clear=True), flush=True)
             for name, (kind, text) in states.items():

@@ -87,6 +87,24 @@ def test_gains_and_losses(table: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert text in capsys.readouterr().out
 
 
+def test_of_an_unfinished_sweep_the_rest_is_blank(table: Path) -> None:
+    folder, cells = planned(table, "--seeds", "0")
+    finish(next(cell for cell in cells if cell.row.name == "+ wide"), bleu_4=0.25)
+    assert ablate.main([str(folder.root)]) == 0
+    rows = [line.split("|")[1:-1] for line in (folder.root / "ablation.md").read_text().splitlines() if "|" in line]
+    assert [cell.strip() for cell in rows[0]] == [
+        "recipe",
+        "BLEU-4",
+        "gain in BLEU-4",
+        "lost without it",
+        "a photo's cost",
+    ]
+    assert [[cell.strip() for cell in row] for row in rows[2:4]] == [
+        [START, *[""] * 4],
+        ["+ wide", "0.250", "", "", ""],
+    ]
+
+
 def test_what_is_no_ablation(table: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no sweep\.json there"):
         ablate.main([str(tmp_path / "nothing")])

@@ -322,6 +322,23 @@ def test_where_the_length_is_foretold_only_words_are_hidden(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["continuous", "masked"])
+def test_the_last_estimate_is_clean_where_words_are_known(kind: str) -> None:
+    """In training as at inference: [SEP] and [PAD] are in what self-conditioning shows."""
+    config = dataclasses.replace(MASKED, kind=kind, self_conditioning_rate=1.0)
+    denoiser = small_denoiser(self_conditioning=True, length_head=True)
+    objective = DiffusionObjective(denoiser, config, PAD, MASK)
+    shown: list[Tensor | None] = []
+    denoiser.register_forward_hook(lambda module, given, hidden: shown.append(given[3]))
+    ids_NCL = captions_of([L, 3, 4])
+    objective(ids_NCL, features(), Draws.at([0, 1, 2], 1, 1, objective.noise_shape, 0, 0, config, CPU))
+    assert len(shown) == 2 and shown[0] is None and shown[1] is not None
+    ids_BL = ids_NCL[:, 0]
+    known_BL = torch.arange(L)[None] >= (ids_BL != PAD).sum(-1, keepdim=True) - 1
+    torch.testing.assert_close(shown[1][known_BL], denoiser.embed(ids_BL)[known_BL])
+    assert (shown[1][~known_BL] - denoiser.embed(ids_BL)[~known_BL]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["continuous", "masked"])
 def test_a_batchs_loss_is_the_mean_of_its_parts(kind: str) -> None:
     """So it is the same on any number of ranks, though each masks another number of words."""
     config = dataclasses.replace(MASKED, kind=kind)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffcap_dist.config import Config, ConfigError, save_config
+from diffcap_dist.config import Config, ConfigError, load_config, save_config
 from diffcap_dist.report import (
     BOTTOM,
     TOP,
@@ -123,6 +123,22 @@ def make_run(folder: Path, with_images: bool) -> RunDir:
     ]
     (run.predictions / "emergence.json").write_text(json.dumps(emergences))
     return run
+
+
+@pytest.mark.parametrize(
+    "words, title, noise",
+    [
+        ([], "Captions that fill in from blanks", "a share t of the words is hidden"),
+        (["diffusion.kind=continuous"], "Captions that emerge from noise", "cosine schedule, 1000 timesteps"),
+        (["model.kind=autoregressive"], "Captions written left to right", "none: left to right"),
+    ],
+)
+def test_a_report_says_what_kind_of_model_it_is_of(words: list[str], title: str, noise: str, run: RunDir) -> None:
+    save_config(load_config(run.config, words), run.config)
+    assert main([str(run.root)]) == 0
+    text = text_of(run.report.read_text())
+    assert title in text and noise in text
+    assert ("denoising steps" in text) == (words != ["model.kind=autoregressive"])
 
 
 def draft(step: int, t: float, caption: str, confidence: list[float] | None = None) -> dict[str, Any]:

@@ -318,6 +318,8 @@ def test_a_missed_neighbour_is_named(
     monkeypatch.setattr(job.time, "sleep", lambda seconds: None)
     job.after(run, "train", 1, tmp_path / "said")
     assert read_records(run)[-1]["how"] == how
+    (programs / "scontrol").unlink()
+    assert job.hostnames("n1,n2") == []
 
 
 def test_a_run_that_has_come_to_its_end(tmp_path: Path, tiny_config: Path, programs: Path) -> None:

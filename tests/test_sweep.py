@@ -176,6 +176,14 @@ def test_only_what_is_unfinished_is_run_again(table: Path) -> None:
         planned(table, "model.width=64")[1][0].prepare()
 
 
+def test_rows_that_nobody_published_need_no_second_protocol(table: Path) -> None:
+    _, cells = planned(table, "--seeds", "0")
+    for cell in cells:
+        finish(cell)
+        cell.run.scores.write_text(json.dumps({"bleu_4": 0.2}))
+    assert [cell.is_done() for cell in cells] == [False, False, True]
+
+
 def test_a_sweep_keeps_the_seeds_it_had(table: Path) -> None:
     planned(table, "--seeds", "3")
     folder, _ = planned(table, "--seeds", "1,2")
@@ -256,7 +264,7 @@ def test_losses_are_what_the_paper_prints(table: Path) -> None:
     finish(cells[0])
     for step in range(1, 101):  # the last tenth counts; lambda times rounding is what the other terms leave of the loss
         value = 5.0 if step > 90 else 99.0
-        terms = {"loss": 12.0, "restore": value, "first_step": 4.0, "rounding": 10.0}
+        terms = {"loss": 12.5, "restore": value, "first_step": 4.0, "rounding": 10.0, "length": 5.0}
         cells[0].run.log({"kind": "training", "step": step, **terms})
     cell = read_cell(cells[0].run)
     assert (cell.number("restore"), cell.number("weighted_rounding"), cell.number("loss")) == (5.0, 3.0, 8.0)

@@ -26,7 +26,6 @@ from diffcap_dist.model.denoiser import Denoiser, ImageFeatures, TextGuide
 GOLDEN_RATIO = 0.6180339887498949
 SMALL_LOGITS = 1 << 22  # below this many logits (16 MiB) one piece is faster than chunks
 CHUNK_TOKENS = 256
-LENGTH_WEIGHT = 0.1  # of the length head's cross-entropy: it must not shape the photo's projection
 
 
 def restore_loss(x0_hat_BLD: Tensor, x0_BLD: Tensor, kind: str) -> Tensor:
@@ -218,6 +217,9 @@ class DiffusionObjective(nn.Module):
         if draws.self_condition and network.config.self_conditioning:
             with torch.no_grad():
                 previous_x0_BLD = network.clean_estimate(self._hidden(x_BLD, draws.t_B, rows))
+                if open_BL is not None:  # known words stay clean in it, as at inference
+                    known_BLD = network.embed(ids_BL).to(dtype)
+                    previous_x0_BLD = torch.where(open_BL[..., None], previous_x0_BLD, known_BLD)
         hidden_BLD = self._hidden(x_BLD, draws.t_B, rows, previous_x0_BLD)
         rounding = rounding_loss(network.rounding_input(hidden_BLD), network.embedding_matrix(), ids_BL, counted_BL)
         terms = {"rounding": rounding}
@@ -237,7 +239,7 @@ class DiffusionObjective(nn.Module):
             (config.rounding_weight if rounding_weight is None else rounding_weight) * terms["rounding"]
             + config.restore_weight * terms.get("restore", 0.0)
             + config.first_step_weight * terms.get("first_step", 0.0)
-            + LENGTH_WEIGHT * terms.get("length", 0.0)
+            + config.length_weight * terms.get("length", 0.0)
         )
         return terms
 

@@ -2,7 +2,7 @@
 
 In: a network (or ``export/``: safetensors, config, tokenizer; no DeepSpeed) and sampler settings. Out: captions and,
 on request, the draft after every denoising step. The noise of a photo comes from its key and the sampler's seed, so a
-caption does not depend on the batch, the rank or the other photos.
+caption does not depend on the batch, the rank or the other photos (in fp32; in bf16 rounding may decide a near-tie).
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from diffcap_dist.evaluation.scores import count_caption, tokenize
 from diffcap_dist.model.autoregressive import AutoregressiveModel
 from diffcap_dist.model.denoiser import Denoiser, ImageFeatures
 from diffcap_dist.model.image_encoder import ImageEncoder
-from diffcap_dist.training.engine import choose_precision
 
 
 @dataclass
@@ -55,7 +54,7 @@ class Captioner:
     def caption(
         self, features: ImageFeatures, keys: Sequence[str], drafts: list[list[Draft]] | None = None
     ) -> list[str]:
-        """One caption per photo. ``drafts``, when given, receives a list of Drafts per photo (first candidate)."""
+        """One caption per photo. ``drafts``, when given, receives a list of Drafts per photo (middle candidate)."""
         texts, count = self._texts(self.caption_ids(features, keys, drafts)), self.config.sampler.candidates
         return [_most_agreed(texts[i * count : (i + 1) * count]) for i in range(len(keys))]
 
@@ -202,7 +201,8 @@ class Captioner:
 
     def _record(self, drafts: list[list[Draft]], step: int, t: float, ids_BL: Tensor, confidence_BL: Tensor) -> None:
         count = self.config.sampler.candidates
-        ids_NL, confidence_NL = ids_BL[::count], confidence_BL[::count]
+        # The middle one: candidates differ in their foretold lengths.
+        ids_NL, confidence_NL = ids_BL[count // 2 :: count], confidence_BL[count // 2 :: count]
         if not drafts:
             drafts.extend([] for _ in range(len(ids_NL)))
         for draft, text, best_L, ids_L in zip(drafts, self._texts(ids_NL), confidence_NL, ids_NL):
@@ -313,8 +313,8 @@ def load_captioner(folder: Path, overrides: Sequence[str] = (), device: torch.de
     network = build_network(config, tokenizer.vocab_size, (pooled, patches))
     network.load_state_dict(load_file(folder / "model.safetensors"))
     network.eval().requires_grad_(False)
-    device = device or torch.device("cpu")
-    return Captioner(network.to(device, choose_precision(config.sampler.precision, device)[0]), config, tokenizer)
+    dtype = torch.bfloat16 if config.sampler.precision == "bf16" else torch.float32
+    return Captioner(network.to(device or torch.device("cpu"), dtype), config, tokenizer)
 
 
 def begin_with(network: Denoiser, run: Path) -> list[str]:

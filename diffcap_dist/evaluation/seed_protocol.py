@@ -187,7 +187,7 @@ def model_bleu(
     begin, candidates = captioner.config.data.begin_token, captioner.config.sampler.candidates
     block = max(1, rows_at_once // BATCH_ROWS) * BATCH_ROWS
     starts = range(ranks.rank * block, len(rows), ranks.world_size * block)
-    for start in tqdm(starts, disable=not ranks.is_first, unit="block", desc="captioning", dynamic_ncols=True):
+    for start in tqdm(starts, disable=ranks.no_progress, unit="block", desc="captioning", dynamic_ncols=True):
         part = rows[start : start + block]
         features = features_of([reader.photo(row.shard, row.sample) for row in part])
         ids_BL = captioner.caption_ids(features, [row.noise_key for row in part])[::candidates].cpu()

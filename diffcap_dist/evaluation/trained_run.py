@@ -60,7 +60,7 @@ def caption_share(
     records: dict[str, dict] = {}
     photos = evaluation_photos(reader, ranks.rank, ranks.world_size)
     share = len(range(ranks.rank, sum(reader.counts), ranks.world_size))
-    with tqdm(total=share, disable=not ranks.is_first, unit="photo", desc="captioning", dynamic_ncols=True) as bar:
+    with tqdm(total=share, disable=ranks.no_progress, unit="photo", desc="captioning", dynamic_ncols=True) as bar:
         for batch in _batches(photos, batch_size):
             keys = [photo.key for photo in batch]
             features = photo_features(batch, encoder, ranks.device, torch.float32)

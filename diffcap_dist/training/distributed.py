@@ -38,6 +38,11 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def no_progress(self) -> bool | None:
+        """``disable`` of tqdm: bars are rank 0's, and only on a terminal."""
+        return None if self.is_first else True
+
 
 class LostRank(RuntimeError):
     """Another rank is gone."""
