@@ -124,7 +124,7 @@ class DiffusionConfig:
     text_guidance: float = 0.0  # w: (1 + w) f(x, text) - w f(x) in the training loss (section 5.1, model.text_token)
     text_drop_rate: float = 0.2  # p_uncond: share of captions whose text is left out there
     self_conditioning_rate: float = 0.5
-    image_drop_rate: float = 0.1  # share of samples trained without their image (classifier-free guidance)
+    image_drop_rate: float = 0.0  # share of samples trained without their image, for sampler.guidance_scale
 
 
 @dataclass
@@ -265,6 +265,12 @@ def _conflicts(config: Config) -> list[str]:
         ),
         f"sampler.num_inference_steps={config.sampler.num_inference_steps}; at least 1": (
             config.sampler.num_inference_steps < 1
+        ),
+        f"sampler.guidance_scale={config.sampler.guidance_scale} needs a model that was trained with "
+        "diffusion.image_drop_rate > 0, e.g. 0.1": (
+            config.sampler.guidance_scale != 1
+            and not config.diffusion.image_drop_rate
+            and model.kind != "autoregressive"
         ),
         f"training.stall_seconds={training.stall_seconds}; at least 0": training.stall_seconds < 0,
         f"training.evaluate_every={training.evaluate_every} is no multiple of "

@@ -33,7 +33,7 @@ def captioner() -> Captioner:
         run_dir="r",
         data=DataConfig(shards="s", max_length=8),
         model=ModelConfig(width=32, num_layers=2, num_heads=2, ffn_width=32, embedding_dim=16, length_head=False),
-        diffusion=DiffusionConfig(kind="continuous"),
+        diffusion=DiffusionConfig(kind="continuous", image_drop_rate=0.1),
         sampler=SamplerConfig(num_inference_steps=4, guidance_scale=2.0),
     )
     torch.manual_seed(0)

@@ -41,6 +41,8 @@ def test_defaults_file_words(yaml: Path) -> None:
         ("training.zero_stage=4", "DeepSpeed knows 0, 1, 2 and 3"),
         ("model.num_heads=7", "not a multiple of model.num_heads=7"),
         ("diffusion.rounding_weight=0", "all loss weights are zero"),
+        ("model.x0_from=body", "or diffusion.kind=continuous"),
+        ("sampler.guidance_scale=2", "image_drop_rate > 0"),
         ("--fast", "is not a setting"),
     ],
 )
