@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -171,7 +172,8 @@ def as_svg(result: dict[str, Any]) -> str:
         dots = [(place(panel, v), f"{name}: {v:.4f}") for panel, some in enumerate(found) for v in some]
         means = [(place(panel, statistics.fmean(some))) for panel, some in enumerate(found) if some]
         rows.append({"name": name, "y": y, "dots": dots, "means": means})
-    ticks = [low + (high - low) * share for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    step = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if (high - low) / step <= 5)
+    ticks = [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files("diffcap_dist").joinpath("ablation.svg.j2").read_text(encoding="utf-8"))
     return template.render(
