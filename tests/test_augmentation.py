@@ -287,6 +287,17 @@ def test_every_choice_is_a_function_of_the_position(
     assert resumed == {position: whole[position] for position in range(32, 48)}
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_pixels_do_not_depend_on_the_threads(reader: ShardReader, tokenizer: CaptionTokenizer, threads: int) -> None:
+    """A rank has the threads of its share of cores, a loader worker one."""
+    whole, before = seen_at(reader, tokenizer, ON, steps=2), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert seen_at(reader, tokenizer, ON, steps=2) == whole
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_off_is_what_the_encoder_sees(reader: ShardReader, tokenizer: CaptionTokenizer) -> None:
     assert crop_at(3, OFF, 0) is None
     encoders = {}

@@ -62,7 +62,8 @@ def random_box(least_share: float, seed: int, position: int, height: int, width:
 
 def jittered(pixels_CHW: Tensor, strength: float, seed: int, position: int) -> Tensor:
     """Brightness, contrast and saturation, each times a factor drawn from [1 - strength, 1 + strength]."""
-    colors_CHW = pixels_CHW.float() / 255  # in bytes each change would round down
+    # In bytes each change would round down; in fp32 the mean that contrast is about depends on the number of threads.
+    colors_CHW = pixels_CHW.double() / 255
     changes = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)
     for number, change in enumerate(changes):
         factor = 1 + strength * (2 * draw_uniform(seed, "color", position, number) - 1)

@@ -48,7 +48,7 @@ def test_jobs_start_again(slurm: Cluster, tmp_path: Path) -> None:
         slurm.wait_for_job(job, "RUNNING")
         return job
 
-    limited = submit("limited", "--nodelist=n1", "--export=ALL,REQUEUE=1", "--time=1", "--signal=B:USR2@55")
+    limited = submit("limited", "--nodelist=n1", "--export=ALL,REQUEUE=1", "--time=2", "--signal=B:USR2@110")
     preempted = submit("preempted", "--nodelist=n1", "--partition=low", "--signal=B:USR2@30")
     lost = submit("lost", "--nodelist=n2")
     slurm.kill_node("n2")
