@@ -86,13 +86,18 @@ def note_lost_start(run: RunDir, kind: str, job: str, restarts: int) -> None:
     events = [r for r in read_records(run) if r.get("job") == job and r["event"] in ("start", "end")]
     if not events or events[-1]["event"] == "end":
         return
-    said = run.logs / f"{kind}.{job}.{events[-1]['restarts']}.srun"
-    found = NODE_FAILURE.search(said.read_text(errors="replace") if said.is_file() else "")
-    lost = str(Culprit(None, found[1], "lost")) if found else None
+    lost = lost_node(run, kind, job, events[-1]["restarts"])
     how = f"SLURM ended it and started it again: {lost or 'its first node was lost, or had no time for a word'}"
     end = {"event": "end", "kind": kind, "job": job, "restarts": events[-1]["restarts"], "step": saved_step(run)}
     add_record(run, {**end, "how": how, "culprit": lost})
     print(f"the start before this one: {how}", file=sys.stderr)
+
+
+def lost_node(run: RunDir, kind: str, job: str, restarts: int) -> str | None:
+    """The node whose loss SLURM told srun of, as a culprit; None where it told of none."""
+    said = run.logs / f"{kind}.{job}.{restarts}.srun"
+    found = NODE_FAILURE.search(said.read_text(errors="replace") if said.is_file() else "")
+    return str(Culprit(None, found[1], "lost")) if found else None
 
 
 def after(run: RunDir, kind: str, status: int, said: Path, warning: int = WARNING_SECONDS) -> int:
@@ -123,6 +128,8 @@ def requeue_without_script(run: RunDir) -> None:
     job, restarts = _job()
     if any(r["event"] == "end" and (r["job"], r["restarts"]) == (job, restarts) for r in read_records(run)):
         return
+    if lost_node(run, "train", job, restarts):
+        return  # SLURM ended the script and starts the job again; the next start names the node
     step, found = saved_step(run), f"the batch script on {os.environ.get('SLURMD_NODENAME')}: Killed"
     how = f"requeued, at step {step} or what the ranks save as they are ended: {found}"
     if idle_starts(run, job, step) >= STARTS_WITHOUT_PROGRESS:

@@ -396,7 +396,7 @@ def test_a_batch_script_that_is_killed(beside_a_job: Beside) -> None:
     assert end["culprit"] == "the batch script on n1: Killed" and end["how"].startswith("requeued, at step 10")
 
 
-@pytest.mark.parametrize("why", ["cancelled", "it has spoken", "no progress"])
+@pytest.mark.parametrize("why", ["cancelled", "it has spoken", "no progress", "a node was lost"])
 def test_a_batch_script_that_nobody_need_ask_for(beside_a_job: Beside, why: str) -> None:
     beside_a_job.leave(10)
     beside_a_job.wait_for("sbatch")  # it watches by now
@@ -405,6 +405,9 @@ def test_a_batch_script_that_nobody_need_ask_for(beside_a_job: Beside, why: str)
         assert beside_a_job.process.wait(60) == 0
     if why == "it has spoken":
         add_record(beside_a_job.run, {"event": "end", "kind": "train", "job": "7", "restarts": 0, "how": "finished"})
+    if why == "a node was lost":  # SLURM starts the job again by itself, and the next start says why
+        beside_a_job.run.logs.mkdir(exist_ok=True)
+        (beside_a_job.run.logs / "train.7.0.srun").write_text("srun: error: Node failure on n2\n")
     for number in range(3 if why == "no progress" else 0):
         add_record(beside_a_job.run, {"event": "start", "kind": "train", "job": "7", "restarts": number, "step": 10})
     beside_a_job.script.kill()
