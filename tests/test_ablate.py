@@ -9,10 +9,12 @@ from xml.etree import ElementTree
 import pytest
 
 from diffcap_dist import ablate
-from diffcap_dist.config import ConfigError
-from diffcap_dist.sweep_dir import START, added_row, left_out_row, load_table
+from diffcap_dist.config import ConfigError, differences, load_config
+from diffcap_dist.run_dir import RunDir
+from diffcap_dist.sweep_dir import START, Overlay, added_row, cell_config, left_out_row, load_table
 from tests.test_sweep import finish, planned
 
+OURS = Path(__file__).resolve().parents[1] / "configs" / "diffcap"
 TABLE = """
 title: "from <one> to the other"
 base: tiny.yaml
@@ -103,6 +105,20 @@ def test_of_an_unfinished_sweep_the_rest_is_blank(table: Path) -> None:
         [START, *[""] * 4],
         ["+ wide", "0.250", "", "", ""],
     ]
+
+
+@pytest.mark.parametrize("name", ["ablation_scenes", "ablation_flickr8k"])
+def test_our_own_tables(name: str, tmp_path: Path) -> None:
+    """Every cell is a sound config; the last recipe is the one that stands beside the table."""
+    path = OURS / f"{name}.yaml"
+    table = load_table(path)
+    settings = {row.name: cell_config(path, table, row, 0, RunDir(tmp_path / "x"), Overlay()) for row in table.rows}
+    recipe = OURS / {"ablation_scenes": "scenes_ours.yaml", "ablation_flickr8k": "flickr8k_features.yaml"}[name]
+    last = settings[added_row(table.changes[-1])]
+    differing = {line.split(":")[0] for line in differences(last, load_config(recipe, [f"run_dir={tmp_path / 'x'}"]))}
+    unused = {"sampler.name", "sampler.eta", "diffusion.self_conditioning_rate", "diffusion.restore_loss"}
+    told = {"training.log_every", "training.validate_every", "training.validation_images", "training.save_every"}
+    assert differing <= unused | told | {"training.export", "training.zero_stage", "training.keep_last"}, differing
 
 
 def test_what_is_no_ablation(table: Path, tmp_path: Path) -> None:
