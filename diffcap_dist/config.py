@@ -260,17 +260,8 @@ def _conflicts(config: Config) -> list[str]:
         f"data.flip_rate={data.flip_rate}; a share, in [0, 1]": not 0 <= data.flip_rate <= 1,
         f"data.crop_scale={data.crop_scale}; a share of the area, in (0, 1]": not 0 < data.crop_scale <= 1,
         f"data.color_jitter={data.color_jitter}; it lies in [0, 1]": not 0 <= data.color_jitter <= 1,
-        "all loss weights are zero: set diffusion.rounding_weight or diffusion.restore_weight": not (
-            config.diffusion.rounding_weight or config.diffusion.restore_weight
-        ),
         f"sampler.num_inference_steps={config.sampler.num_inference_steps}; at least 1": (
             config.sampler.num_inference_steps < 1
-        ),
-        f"sampler.guidance_scale={config.sampler.guidance_scale} needs a model that was trained with "
-        "diffusion.image_drop_rate > 0, e.g. 0.1": (
-            config.sampler.guidance_scale != 1
-            and not config.diffusion.image_drop_rate
-            and model.kind != "autoregressive"
         ),
         f"training.stall_seconds={training.stall_seconds}; at least 0": training.stall_seconds < 0,
         f"training.evaluate_every={training.evaluate_every} is no multiple of "
@@ -278,36 +269,46 @@ def _conflicts(config: Config) -> list[str]:
             training.evaluate_every < 0 or training.evaluate_every % training.save_every != 0
         ),
         f"training.ema_decay={training.ema_decay}; it lies in [0, 1)": not 0 <= training.ema_decay < 1,
+        f"optimizer.hold_steps={config.optimizer.hold_steps}; at least 1": config.optimizer.hold_steps < 1,
+    }
+    return [message for message, wrong in {**checks, **_recipe_conflicts(config)}.items() if wrong]
+
+
+def _recipe_conflicts(config: Config) -> dict[str, bool]:
+    """What does not fit between the model, its diffusion and its sampler: message -> whether it is so."""
+    model, diffusion, sampler = config.model, config.diffusion, config.sampler
+    return {
+        "all loss weights are zero: set diffusion.rounding_weight or diffusion.restore_weight": not (
+            diffusion.rounding_weight or diffusion.restore_weight
+        ),
+        f"sampler.guidance_scale={sampler.guidance_scale} needs a model that was trained with "
+        "diffusion.image_drop_rate > 0, e.g. 0.1": (
+            sampler.guidance_scale != 1 and not diffusion.image_drop_rate and model.kind != "autoregressive"
+        ),
         "diffusion.text_guidance > 0 and model.text_token=true go together": (
-            (config.diffusion.text_guidance > 0) != config.model.text_token
+            (diffusion.text_guidance > 0) != model.text_token
         ),
         "diffusion.kind=masked predicts words: set model.x0_from=logits, restore_weight=0 and first_step_weight=0, "
         "or diffusion.kind=continuous": (
-            config.diffusion.kind == "masked"
-            and (
-                model.x0_from != "logits" or bool(config.diffusion.restore_weight or config.diffusion.first_step_weight)
-            )
+            diffusion.kind == "masked"
+            and (model.x0_from != "logits" or bool(diffusion.restore_weight or diffusion.first_step_weight))
         ),
         "model.kind=autoregressive: set diffusion.timesteps_per_caption=1 (it has no times) and model.x0_from=logits": (
-            model.kind == "autoregressive"
-            and (config.diffusion.timesteps_per_caption != 1 or model.x0_from != "logits")
+            model.kind == "autoregressive" and (diffusion.timesteps_per_caption != 1 or model.x0_from != "logits")
         ),
-        f"optimizer.hold_steps={config.optimizer.hold_steps}; at least 1": config.optimizer.hold_steps < 1,
-        f"diffusion.predict_steps_back={config.diffusion.predict_steps_back} steps are no part of "
-        f"diffusion.num_timesteps={config.diffusion.num_timesteps}": not (
-            0 <= config.diffusion.predict_steps_back < config.diffusion.num_timesteps
+        f"diffusion.predict_steps_back={diffusion.predict_steps_back} steps are no part of "
+        f"diffusion.num_timesteps={diffusion.num_timesteps}": not (
+            0 <= diffusion.predict_steps_back < diffusion.num_timesteps
         ),
         "diffusion.predict_steps_back > 0 needs model.x0_from=body or head: no word is x_{t-n}": (
-            config.diffusion.predict_steps_back > 0 and model.x0_from == "logits"
+            diffusion.predict_steps_back > 0 and model.x0_from == "logits"
         ),
-        f"diffusion.timesteps=subset can't draw {config.diffusion.timesteps_per_caption} different ones of "
-        f"{config.diffusion.num_timesteps}": (
-            config.diffusion.timesteps == "subset"
-            and config.diffusion.timesteps_per_caption > config.diffusion.num_timesteps
+        f"diffusion.timesteps=subset can't draw {diffusion.timesteps_per_caption} different ones of "
+        f"{diffusion.num_timesteps}": (
+            diffusion.timesteps == "subset" and diffusion.timesteps_per_caption > diffusion.num_timesteps
         ),
-        "diffusion.first_step_weight needs diffusion.num_timesteps >= 1": config.diffusion.num_timesteps < 1,
+        "diffusion.first_step_weight needs diffusion.num_timesteps >= 1": diffusion.num_timesteps < 1,
     }
-    return [message for message, wrong in checks.items() if wrong]
 
 
 def read_files(path: Path, above: tuple[Path, ...] = ()) -> list[Any]:
