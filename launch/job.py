@@ -86,18 +86,17 @@ def note_lost_start(run: RunDir, kind: str, job: str, restarts: int) -> None:
     events = [r for r in read_records(run) if r.get("job") == job and r["event"] in ("start", "end")]
     if not events or events[-1]["event"] == "end":
         return
-    lost = lost_node(run, kind, job, events[-1]["restarts"])
+    restarts = events[-1]["restarts"]
+    lost = lost_node(_words_of_srun(run, kind, job, restarts))
     how = f"SLURM ended it and started it again: {lost or 'its first node was lost, or had no time for a word'}"
-    end = {"event": "end", "kind": kind, "job": job, "restarts": events[-1]["restarts"], "step": saved_step(run)}
-    add_record(run, {**end, "how": how, "culprit": lost})
+    end = {"event": "end", "kind": kind, "job": job, "restarts": restarts, "step": saved_step(run)}
+    add_record(run, {**end, "how": how, "culprit": str(lost) if lost else None})
     print(f"the start before this one: {how}", file=sys.stderr)
 
 
-def lost_node(run: RunDir, kind: str, job: str, restarts: int) -> str | None:
-    """The node whose loss SLURM told srun of, as a culprit; None where it told of none."""
+def _words_of_srun(run: RunDir, kind: str, job: str, restarts: int) -> str:
     said = run.logs / f"{kind}.{job}.{restarts}.srun"
-    found = NODE_FAILURE.search(said.read_text(errors="replace") if said.is_file() else "")
-    return str(Culprit(None, found[1], "lost")) if found else None
+    return said.read_text(errors="replace") if said.is_file() else ""
 
 
 def after(run: RunDir, kind: str, status: int, said: Path, warning: int = WARNING_SECONDS) -> int:
@@ -105,7 +104,7 @@ def after(run: RunDir, kind: str, status: int, said: Path, warning: int = WARNIN
     job, restarts = _job()
     words = said.read_text(errors="replace") if said.is_file() else ""
     print(words, end="", file=sys.stderr)
-    found = _with_neighbour(run, kind, job, culprit(words), words)
+    found = first_to_fail(run, kind, job, words)
     end = {"event": "end", "kind": kind, "job": job, "restarts": restarts, "status": status, "step": saved_step(run)}
     if status == 0 and (kind != "train" or is_finished(run)):
         add_record(run, {**end, "how": "finished"})
@@ -128,11 +127,12 @@ def requeue_without_script(run: RunDir) -> None:
     job, restarts = _job()
     if any(r["event"] == "end" and (r["job"], r["restarts"]) == (job, restarts) for r in read_records(run)):
         return
-    if lost_node(run, "train", job, restarts):
-        return  # SLURM ended the script and starts the job again; the next start names the node
-    step, found = saved_step(run), f"the batch script on {os.environ.get('SLURMD_NODENAME')}: Killed"
+    lost = lost_node(_words_of_srun(run, "train", job, restarts), ask=True)
+    step, found = saved_step(run), str(lost or f"the batch script on {os.environ.get('SLURMD_NODENAME')}: Killed")
     how = f"requeued, at step {step} or what the ranks save as they are ended: {found}"
-    if idle_starts(run, job, step) >= STARTS_WITHOUT_PROGRESS:
+    if lost:  # SLURM ended the script with the node, and starts the job again by itself
+        how = f"SLURM ended it at step {step} ({found}); unless it is requeued, {_resume(run)}"
+    elif idle_starts(run, job, step) >= STARTS_WITHOUT_PROGRESS:
         how = f"given up: {STARTS_WITHOUT_PROGRESS} starts in a row saved nothing new; {_resume(run)}"
     end = {"event": "end", "kind": "train", "job": job, "restarts": restarts, "step": step}
     add_record(run, {**end, "how": how, "culprit": found})
@@ -149,7 +149,8 @@ def _verdict(
     resume = _resume(run)
     mend = "mend it and give the same submit command again (resubmit would run the same code)"
     if state.get("JobState") not in (None, "RUNNING") and state.get("Reason") != "TimeLimit":
-        return f"SLURM ended it at step {step} ({state['JobState']}); unless it is requeued, {resume}"
+        why = f"{state['JobState']}, {found}" if found else state["JobState"]
+        return f"SLURM ended it at step {step} ({why}); unless it is requeued, {resume}"
     if kind != "train":
         return f"failed; {resume}"
     if status and (found is None or not found.was_killed):
@@ -213,18 +214,29 @@ def culprit(said: str) -> Culprit | None:
     return Culprit(int(found[2]), found[1], found[3].strip()) if found else None
 
 
-def _with_neighbour(run: RunDir, kind: str, job: str, found: Culprit | None, said: str) -> Culprit | None:
-    """A rank whose error is that another one is gone missed a rank that left no words: its node's, where that is silent
-    altogether. srun tells of every rank that fails or is ended, but of none whose node can't be reached."""
-    if not found or found.was_killed or not LOST.search(last_traceback(run.logs / f"{kind}.{job}.{found.rank}.log")):
+def first_to_fail(run: RunDir, kind: str, job: str, said: str) -> Culprit | None:
+    """A rank that failed by itself; else a node that is gone, which takes the ranks of the others with it; else a rank
+    that was killed, or that missed another one which left no words."""
+    found = culprit(said)
+    missed = LOST.search(last_traceback(run.logs / f"{kind}.{job}.{found.rank}.log")) if found else None
+    if found and not found.was_killed and not missed:
         return found
-    silent = NODE_FAILURE.findall(said)
-    if not silent:
-        told = hostnames(",".join(re.findall(r"^srun: error: (\S+): tasks? \d", said, flags=re.MULTILINE)))
-        silent = [node for node in hostnames(os.environ.get("SLURM_JOB_NODELIST", "")) if node not in told]
+    if lost := lost_node(said, ask=True):
+        return lost
+    if not found or not missed or found.was_killed:
+        return found
+    # srun tells of every rank that fails or is ended, but of none whose node can't be reached.
+    told = hostnames(",".join(re.findall(r"^srun: error: (\S+): tasks? \d", said, flags=re.MULTILINE)))
+    silent = [node for node in hostnames(os.environ.get("SLURM_JOB_NODELIST", "")) if node not in told]
     if silent:
         return Culprit(None, ", ".join(silent), "lost")
     return Culprit(found.rank, found.node, "lost another rank")
+
+
+def lost_node(said: str, ask: bool = False) -> Culprit | None:
+    """The node, or nodes, whose loss SLURM told srun of; or, where it is to be asked, that it has as down now."""
+    lost = NODE_FAILURE.findall(said) or (down_nodes() if ask else [])
+    return Culprit(None, ", ".join(dict.fromkeys(lost)), "lost") if lost else None
 
 
 def describe_failure(run: RunDir, kind: str, job: str, found: Culprit) -> str:
@@ -249,6 +261,12 @@ def hostnames(listed: str) -> list[str]:
     if not listed:
         return []
     return _scontrol("show", "hostnames", listed).split()
+
+
+def down_nodes() -> list[str]:
+    """Those of this job that SLURM has given up; none where it can't be asked."""
+    nodes = os.environ.get("SLURM_JOB_NODELIST")
+    return re.findall(r"^NodeName=(\S+) .*?\bState=DOWN", _scontrol("-o", "show", "node", nodes), re.M) if nodes else []
 
 
 def job_state(job: str) -> dict[str, str]:

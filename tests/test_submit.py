@@ -296,28 +296,47 @@ def test_what_becomes_of_a_job(
     assert (result == 0) == how.startswith("SLURM")
 
 
+N1, N3 = "srun: error: n1: task 0: Terminated\n", "srun: error: n3: tasks 2-3: Killed\n"
+FAILURE = "srun: error: Node failure on n1\n"
+SCONTROL = """
+case "$1 $2 $3" in
+  "show hostnames "*) echo ${{3//,/ }};;
+  "-o show job") echo "JobId=7 JobState={state}";;
+  "-o show node") for n in ${{4//,/ }}; do
+      [ $n = "{down}" ] && s="DOWN*" || s="MIXED*"
+      echo "NodeName=$n Arch=x State=$s ThreadsPerCore=1"
+    done;;
+esac
+"""
+
+
 @pytest.mark.parametrize(
-    "said, how",
+    "said, down, state, how",
     [
-        ("", "requeued, saved at step 10: node n3: lost"),  # it alone is silent
-        ("srun: error: Node failure on n1\n", "requeued, saved at step 10: node n1: lost"),  # SLURM noticed as well
-        ("srun: error: n3: tasks 2-3: Killed\n", "requeued, saved at step 10: rank 1 on n2: lost another rank"),
+        (ERROR + N1, "", "RUNNING", "requeued, saved at step 10: node n3: lost"),  # it alone is silent
+        (ERROR + N1 + FAILURE, "", "RUNNING", "requeued, saved at step 10: node n1: lost"),  # SLURM noticed as well
+        (ERROR + N1 + N3, "", "RUNNING", "requeued, saved at step 10: rank 1 on n2: lost another rank"),
+        (ERROR + N1 + N3, "n1", "RUNNING", "requeued, saved at step 10: node n1: lost"),  # SLURM has not told srun
+        (N1, "", "RUNNING", "requeued, saved at step 10: a signal"),
+        (N1, "n1", "RUNNING", "requeued, saved at step 10: node n1: lost"),
+        ("", "n1", "NODE_FAIL", "SLURM ended it at step 10 (NODE_FAIL, node n1: lost)"),
+        (FAILURE, "", "COMPLETING", "SLURM ended it at step 10 (COMPLETING, node n1: lost)"),
     ],
 )
-def test_a_missed_neighbour_is_named(
-    said: str, how: str, tmp_path: Path, tiny_config: Path, programs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lost_node_is_named(
+    said: str, down: str, state: str, how: str,
+    tmp_path: Path, tiny_config: Path, programs: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     run = trained(tmp_path, tiny_config, 10)
     run.logs.mkdir()
     (run.logs / "train.7.1.log").write_text(LOST_NEIGHBOUR)
-    (tmp_path / "said").write_text(ERROR + "srun: error: n1: task 0: Terminated\n" + said)
-    names = 'case "$1 $2" in "show hostnames") echo ${3//,/ };; *) echo "JobId=7 JobState=RUNNING";; esac'
-    program(programs, "scontrol", names)
+    (tmp_path / "said").write_text(said)
+    program(programs, "scontrol", SCONTROL.format(state=state, down=down))
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n1,n2,n3")
     monkeypatch.setattr(job.time, "sleep", lambda seconds: None)
     job.after(run, "train", 1, tmp_path / "said")
-    assert read_records(run)[-1]["how"] == how
+    assert read_records(run)[-1]["how"].split(";")[0] == how
     (programs / "scontrol").unlink()
     assert job.hostnames("n1,n2") == []
 
@@ -405,7 +424,7 @@ def test_a_batch_script_that_nobody_need_ask_for(beside_a_job: Beside, why: str)
         assert beside_a_job.process.wait(60) == 0
     if why == "it has spoken":
         add_record(beside_a_job.run, {"event": "end", "kind": "train", "job": "7", "restarts": 0, "how": "finished"})
-    if why == "a node was lost":  # SLURM starts the job again by itself, and the next start says why
+    if why == "a node was lost":  # SLURM starts the job again by itself
         beside_a_job.run.logs.mkdir(exist_ok=True)
         (beside_a_job.run.logs / "train.7.0.srun").write_text("srun: error: Node failure on n2\n")
     for number in range(3 if why == "no progress" else 0):
@@ -415,6 +434,7 @@ def test_a_batch_script_that_nobody_need_ask_for(beside_a_job: Beside, why: str)
     assert beside_a_job.process.wait(60) == 0
     assert "scontrol" not in beside_a_job.asked.read_text()
     last = read_records(beside_a_job.run)[-1]
+    assert ("node n2: lost" in last.get("how", "")) == (why == "a node was lost")
     assert ("given up: 3 starts" in last.get("how", "")) == (why == "no progress")
 
 
