@@ -108,13 +108,14 @@ MASK = 9
 def certain(words_BL: Tensor, confidence_BL: Tensor, seen: list[Tensor] | None = None):  # type: ignore[no-untyped-def]
     """Predicts ``words_BL``, each with its given probability; the rest of it goes to word 8."""
 
-    def predict(ids_BL: Tensor, t: float) -> Tensor:
+    def predict(ids_BL: Tensor, masked_BL: Tensor, t: float) -> Tensor:
+        assert torch.equal(masked_BL, ids_BL == MASK)
         if seen is not None:
             seen.append(ids_BL.clone())
         probability = torch.full((*words_BL.shape, 9), 1e-9)
         probability.scatter_(-1, words_BL[..., None], confidence_BL[..., None])
         probability[..., 8] = 1 - confidence_BL
-        return probability.log()
+        return probability.log()[masked_BL]
 
     return predict
 
@@ -141,10 +142,10 @@ def test_the_most_confident_words_are_written_first() -> None:
 def test_a_word_of_little_confidence_is_written_again(revise: bool) -> None:
     """Word 0 is written first, at 0.5; the others are then surer, and in their sight it becomes another word."""
 
-    def predict(ids_BL: Tensor, t: float) -> Tensor:
+    def predict(ids_BL: Tensor, masked_BL: Tensor, t: float) -> Tensor:
         alone = [[0.5, 0.4, 0.1], [0.3, 0.4, 0.3], [0.3, 0.4, 0.3]]
         together = [[0.2, 0.1, 0.7], [0.05, 0.9, 0.05], [0.1, 0.8, 0.1]]
-        return torch.tensor([alone if ids_BL.eq(MASK).all() else together]).log()
+        return torch.tensor([alone if masked_BL.all() else together]).log()[masked_BL]
 
     seen: list[list[int]] = []
     unmask(
@@ -161,7 +162,7 @@ def test_a_word_of_little_confidence_is_written_again(revise: bool) -> None:
 
 def test_choice_makes_a_draw() -> None:
     probability = torch.tensor([0.7, 0.2, 0.1])
-    predict = lambda ids_BL, t: probability.log().expand(*ids_BL.shape, 3)  # noqa: E731
+    predict = lambda ids_BL, masked_BL, t: probability.log().expand(*ids_BL.shape, 3)[masked_BL]  # noqa: E731
     torch.manual_seed(0)
     gumbel = -torch.log(-torch.log(torch.rand(20000, 1, 3)))
     ids = unmask(

@@ -340,6 +340,18 @@ def test_what_stays_is_a_clear_error_in_time(
     assert contents(store.open(store.index.shards[0])) == expected(dataset)
 
 
+def test_an_attempt_cut_short_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last one has no time for an answer: what the others were told is said."""
+    failures = [shard_store._Failure("HTTP 503"), shard_store._OutOfTime("no byte came for 0.0 s")]
+    monkeypatch.setattr(shard_store, "_backoff", lambda place, attempt: 0.0 if attempt == 1 else 9.0)
+
+    def once() -> None:
+        raise failures.pop(0)
+
+    with pytest.raises(ShardUnavailable, match=r"fetched: HTTP 503\. Given up after 2 attempts"):
+        shard_store._retried("http://x", shard_store._Deadline(5.0), once)
+
+
 def test_no_server_no_dataset_no_index(server: Server, cache: Path, tmp_path: Path) -> None:
     with pytest.raises(ShardUnavailable, match=r"index.json can't be fetched: .*efused"):
         ShardStore("http://127.0.0.1:9/set", cache, deadline_seconds=0.3)

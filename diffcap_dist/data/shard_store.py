@@ -624,12 +624,18 @@ class _DiskFull(_Failure):
         self.missing = missing
 
 
+class _OutOfTime(_Failure):
+    """An attempt that the deadline cut short: what was wrong before it says more."""
+
+
 def _retried(place: str, deadline: _Deadline, once: Callable[[], T]) -> T:
-    changed = 0
+    changed, before = 0, None
     for attempt in itertools.count(1):
         try:
             return once()
-        except _Failure as failure:
+        except _Failure as last:
+            failure = before if before and isinstance(last, _OutOfTime) else last
+            before = failure
             changed += isinstance(failure, _Changed)
             wait = failure.wait or _backoff(place, attempt)
             if not failure.may_pass or changed > 1 or wait >= deadline.left():
@@ -687,13 +693,14 @@ def _body(place: str, start: int, deadline: _Deadline) -> Iterator[int | bytes]:
             try:
                 item = items.get(timeout=seconds)
             except queue.Empty:
-                raise _Failure(f"no byte came for {seconds:.1f} s") from None
+                kind = _Failure if seconds == STALL_SECONDS else _OutOfTime
+                raise kind(f"no byte came for {seconds:.1f} s") from None
             if item is None:
                 return
             if isinstance(item, Exception):
                 raise _failure_of(item) from item
             yield item
-        raise _Failure("it comes too slowly")
+        raise _OutOfTime("it comes too slowly")
     finally:
         given_up.set()
 

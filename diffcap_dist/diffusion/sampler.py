@@ -2,8 +2,8 @@
 
 Continuous diffusion: ``denoise(x_BLD, t, previous_x0_BLD) -> hat x0_BLD`` with t a float in (0, 1], and x_T, give the
 last hat x0_BLD; ``on_step(step, t, x0_hat_BLD)`` sees every estimate on the way (the report draws them emerging with
-it). Masked diffusion: ``predict(ids_BL, t) -> logits_BLV`` gives ids_BL. Nothing here knows of images, embeddings or
-guidance: those live in the function passed in.
+it). Masked diffusion: ``predict(ids_BL, masked_BL, t) -> logits_TV``, of the T positions that are masked, row by row,
+gives ids_BL. Nothing here knows of images, embeddings or guidance: those live in the function passed in.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from diffcap_dist.diffusion.schedule import NoiseSchedule
 Denoise = Callable[[Tensor, float, Tensor | None], Tensor]
 OnStep = Callable[[int, float, Tensor], None]
 Noise = Callable[[int], Tensor]
-Predict = Callable[[Tensor, float], Tensor]
+Predict = Callable[[Tensor, Tensor, float], Tensor]
 
 
 def ddim(
@@ -103,14 +103,13 @@ def unmask(
     open_B1 = open_BL.sum(-1, keepdim=True)
     for step in range(num_inference_steps):
         t = 1.0 - step / num_inference_steps
-        logits_BLV = predict(ids_BL.masked_fill(masked_BL, mask_id), t).float()
-        drawn_BL = (logits_BLV if choice is None else logits_BLV + choice(step)).argmax(-1)
-        ids_BL = torch.where(masked_BL, drawn_BL, ids_BL)
+        logits_TV = predict(ids_BL.masked_fill(masked_BL, mask_id), masked_BL, t).float()
+        drawn_T = (logits_TV if choice is None else logits_TV + choice(step)[masked_BL]).argmax(-1)
+        ids_BL = ids_BL.masked_scatter(masked_BL, drawn_T)
         if step == num_inference_steps - 1 and on_step is None:
             break  # nobody asks how sure they are
-        drawn_logits_BL = logits_BLV.gather(-1, drawn_BL[..., None])[..., 0]
-        drawn_confidence_BL = (drawn_logits_BL - logits_BLV.logsumexp(-1)).exp()
-        confidence_BL = torch.where(masked_BL, drawn_confidence_BL, confidence_BL)
+        drawn_logits_T = logits_TV.gather(-1, drawn_T[:, None])[:, 0]
+        confidence_BL = confidence_BL.masked_scatter(masked_BL, (drawn_logits_T - logits_TV.logsumexp(-1)).exp())
         if on_step is not None:
             on_step(step, t, ids_BL, confidence_BL)
         left_B1 = (open_B1 * (1.0 - (step + 1) / num_inference_steps)).floor()

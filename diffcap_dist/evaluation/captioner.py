@@ -121,14 +121,15 @@ class Captioner:
         never = torch.tensor(sorted(self.tokenizer.special_ids - ends), device=noise.like.device)
         previous_x0_BLD: Tensor | None = None
 
-        def predict(ids_BL: Tensor, t: float) -> Tensor:
+        def predict(ids_BL: Tensor, masked_BL: Tensor, t: float) -> Tensor:
             nonlocal previous_x0_BLD
             x_BLD = denoise.network.embed(ids_BL).to(noise.like.dtype)
             if denoise.network.config.self_conditioning:
                 previous_x0_BLD = denoise(x_BLD, t, previous_x0_BLD)
-            else:  # nobody looks at the estimate
-                denoise.look(x_BLD, t)
-            return denoise.logits_BLV.index_fill_(-1, never, -math.inf)
+                logits_TV = denoise.logits_BLV[masked_BL]
+            else:  # nobody looks at the estimate, nor at words that stay
+                logits_TV = denoise.network.logits(denoise.look(x_BLD, t)[masked_BL])
+            return logits_TV.index_fill_(-1, never, -math.inf)
 
         def record(step: int, t: float, ids_BL: Tensor, confidence_BL: Tensor) -> None:
             assert drafts is not None
@@ -258,10 +259,11 @@ class _GuidedDenoiser:
 
     def __call__(self, x_BLD: Tensor, t: float, previous_x0_BLD: Tensor | None) -> Tensor:
         hidden_BLD = self.look(self._with_known(x_BLD), t, previous_x0_BLD)
+        self.logits_BLV = self.network.logits(hidden_BLD)
         return self._with_known(self.network.clean_estimate(hidden_BLD, self.logits_BLV).to(x_BLD.dtype))
 
     def look(self, x_BLD: Tensor, t: float, previous_x0_BLD: Tensor | None = None) -> Tensor:
-        """hidden_BLD, and ``logits_BLV``. The state x_BLD of a sampler is fp32, whatever the network computes in."""
+        """hidden_BLD. The state x_BLD of a sampler is fp32, whatever the network computes in."""
         t_B = torch.full(x_BLD.shape[:1], t, device=x_BLD.device)
         x_BLD = x_BLD.to(self.network.dtype)
         hidden_BLD = self.network(x_BLD, t_B, self.features, previous_x0_BLD, None, self.mask_BL)
@@ -269,7 +271,6 @@ class _GuidedDenoiser:
             hide_N = torch.ones(len(self.features.pooled_NF), dtype=torch.bool, device=x_BLD.device)
             without_BLD = self.network(x_BLD, t_B, self.features, previous_x0_BLD, hide_N, self.mask_BL)
             hidden_BLD = without_BLD + self.guidance_scale * (hidden_BLD - without_BLD)
-        self.logits_BLV = self.network.logits(hidden_BLD)
         return hidden_BLD
 
     def _with_known(self, x_BLD: Tensor) -> Tensor:
