@@ -36,7 +36,7 @@ def photos(patches: int | None, count: int = 3) -> ImageFeatures:
 
 
 def log_probabilities(model: AutoregressiveModel, ids_BL: Tensor, image: ImageFeatures, never: list[int]) -> Tensor:
-    logits_BLV = model.logits(model(ids_BL, image))
+    logits_BLV = model.logits(model(ids_BL, image, ids_BL != PAD))
     logits_BLV[..., [PAD, *never]] = -torch.inf
     return logits_BLV.log_softmax(-1)
 
@@ -71,15 +71,16 @@ def test_a_greedy_caption_is_the_likeliest_words_and_ends() -> None:
 def test_a_word_sees_its_photo_and_the_words_before_it(patches: int | None) -> None:
     model, image = small_model(patches), photos(patches)
     ids_BL = torch.randint(1, V, (3, L), generator=torch.Generator().manual_seed(2))
-    before = model(ids_BL, image)
+    mask_BL = torch.ones_like(ids_BL, dtype=torch.bool)
+    before = model(ids_BL, image, mask_BL)
     changed_BL = ids_BL.clone()
     changed_BL[:, 2] = (ids_BL[:, 2] % (V - 1)) + 1
-    after = model(changed_BL, image)
+    after = model(changed_BL, image, mask_BL)
     torch.testing.assert_close(after[:, :3], before[:, :3])
     assert (after[:, 3:] - before[:, 3:]).abs().amax(dim=(1, 2)).min() > 1e-4
     other = ImageFeatures(image.pooled_NF.clone(), image.patches_NPF)
     other.pooled_NF[1] *= -1  # a constant would not pass its LayerNorm
-    seen = (model(ids_BL, other) - before).abs().amax(dim=2)
+    seen = (model(ids_BL, other, mask_BL) - before).abs().amax(dim=2)
     assert seen[1].min() > 1e-5 and seen[[0, 2]].max() == 0
 
 
@@ -116,7 +117,7 @@ def test_the_loss_is_each_words_given_those_before() -> None:
     for photo, captions in enumerate(ids_NCL):
         one = ImageFeatures(image.pooled_NF[photo : photo + 1])
         for ids in captions:
-            logits = model.logits(model(ids[None], one))[0]
+            logits = model.logits(model(ids[None], one, ids[None] != PAD))[0]
             total = total + F.cross_entropy(logits, ids, ignore_index=PAD, reduction="sum")
     torch.testing.assert_close(loss, total / (4 * L))
     parts = [

@@ -12,7 +12,7 @@ LAYERS = {
     1: [
         "sweep_dir",
         "data.order", "data.captions", "data.augmentation", "data.shard_store",
-        "model.denoiser", "model.autoregressive", "model.image_encoder", "diffusion.schedule",
+        "model.packed", "model.denoiser", "model.autoregressive", "model.image_encoder", "diffusion.schedule",
         "training.distributed", "training.ema", "training.learning_rate", "training.preemption",
         "evaluation.scores", "evaluation.protocol", "evaluation.scene_facts", "evaluation.text_statistics",
         "evaluation.clip_score",
@@ -34,6 +34,8 @@ WITHIN_A_LAYER = {
     ("run_dir", "config"),
     ("data.pixels", "data.photo"),
     ("data.augmentation", "data.order"),
+    ("model.denoiser", "model.packed"),
+    ("model.autoregressive", "model.packed"),
     ("model.autoregressive", "model.denoiser"),
     ("evaluation.protocol", "evaluation.scores"),
     ("evaluation.text_statistics", "evaluation.scores"),

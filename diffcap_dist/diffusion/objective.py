@@ -298,9 +298,10 @@ class AutoregressiveObjective(nn.Module):
     ) -> dict[str, Tensor]:
         """``rounding`` and ``loss``, which are the same: mean over all positions, [PAD] counted as 0."""
         ids_BL = ids_NCL.flatten(0, 1).repeat_interleave(draws.t_B.shape[0] // ids_NCL[..., 0].numel(), dim=0)
-        hidden_BLD = self.network(ids_BL, image)
+        mask_BL = ids_BL != self.pad_id
+        hidden_BLD = self.network(ids_BL, image, mask_BL)
         table_VD = self.network.embedding_matrix()
-        loss = rounding_loss(self.network.rounding_input(hidden_BLD), table_VD, ids_BL, ids_BL != self.pad_id)
+        loss = rounding_loss(self.network.rounding_input(hidden_BLD), table_VD, ids_BL, mask_BL)
         return {"rounding": loss, "loss": loss}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffcap_dist.config import ModelConfig
+from diffcap_dist.model import packed
 from diffcap_dist.model.denoiser import Denoiser, ImageFeatures
 
 Choose = Callable[[int, Tensor], Tensor]
@@ -40,8 +42,9 @@ class AutoregressiveModel(Denoiser):
         self.begin = nn.Embedding(1, self.embedding_dim)  # stands before the first word
         nn.init.normal_(self.begin.weight, std=config.embedding_std or 1.0)
 
-    def forward(self, ids_BL: Tensor, image: ImageFeatures) -> Tensor:  # type: ignore[override]
-        """hidden_BLD: at position i, what foretells word i. Rows of one photo stand together, as in the denoiser."""
+    def forward(self, ids_BL: Tensor, image: ImageFeatures, mask_BL: Tensor) -> Tensor:  # type: ignore[override]
+        """hidden_BLD: at position i, what foretells word i; nothing is there where ``mask_BL`` is False, behind a
+        caption's end. Rows of one photo stand together, as in the denoiser."""
         B, L = ids_BL.shape
         words_BLD = torch.cat([self._begin(B)[:, None], self.embed(ids_BL[:, :-1])], dim=1)
         photo_BPH = self._photo_tokens(image, B)
@@ -49,10 +52,9 @@ class AutoregressiveModel(Denoiser):
         sees_SS = torch.ones(tokens_BSH.shape[1], tokens_BSH.shape[1], dtype=torch.bool, device=ids_BL.device)
         sees_SS[:, :L] = sees_SS[:, :L].tril()
         sees_SS[L:, :L] = False
-        hidden_BSH = self.body.embeddings(input_ids=None, inputs_embeds=tokens_BSH)
-        hides_11SS = torch.zeros_like(sees_SS, dtype=hidden_BSH.dtype).masked_fill(~sees_SS, -math.inf)[None, None]
-        for layer in self.body.transformer.layer:
-            hidden_BSH = layer(hidden_BSH, hides_11SS)
+        counts_BS = torch.cat([mask_BL, torch.ones_like(mask_BL[:, :1]).expand(-1, photo_BPH.shape[1])], dim=1)
+        at_S = torch.arange(tokens_BSH.shape[1], device=ids_BL.device)
+        hidden_BSH = packed.hidden_states(self.body, tokens_BSH, counts_BS, sees_SS, at_S)
         return self.output_projection(hidden_BSH[:, :L])
 
     def _begin(self, rows: int) -> Tensor:
@@ -156,13 +158,11 @@ class _Cache:
         start, self.filled = self.filled, self.filled + tokens_BSH.shape[1]
         hidden_BSH = self.model.body.embeddings(input_ids=None, inputs_embeds=tokens_BSH, position_ids=position_ids)
         for layer, (keys, values) in zip(self.layers, self.keys_values):
-            own = layer.attention
-            heads = (*hidden_BSH.shape[:2], own.n_heads, own.attention_head_size)
-            keys[:, :, start : self.filled] = own.k_lin(hidden_BSH).view(heads).transpose(1, 2)
-            values[:, :, start : self.filled] = own.v_lin(hidden_BSH).view(heads).transpose(1, 2)
-            query = own.q_lin(hidden_BSH).view(heads).transpose(1, 2)
-            seen = F.scaled_dot_product_attention(query, keys[:, :, : self.filled], values[:, :, : self.filled])
-            attended = own.out_lin(seen.transpose(1, 2).flatten(2))
-            hidden_BSH = layer.sa_layer_norm(attended + hidden_BSH)
-            hidden_BSH = layer.output_layer_norm(layer.ffn(hidden_BSH) + hidden_BSH)
+            hidden_BSH = packed.layer_output(layer, hidden_BSH, partial(self._attend, keys, values, start))
         return hidden_BSH
+
+    def _attend(self, keys: Tensor, values: Tensor, start: int, *query_key_value: Tensor) -> Tensor:
+        query, key, value = (x.unflatten(-1, (keys.shape[1], -1)).transpose(1, 2) for x in query_key_value)
+        keys[:, :, start : self.filled], values[:, :, start : self.filled] = key, value
+        seen = F.scaled_dot_product_attention(query, keys[:, :, : self.filled], values[:, :, : self.filled])
+        return seen.transpose(1, 2).flatten(2)

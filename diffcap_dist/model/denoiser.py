@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, DistilBertConfig, DistilBertForMaskedLM, DistilBertModel
 
 from diffcap_dist.config import ModelConfig
+from diffcap_dist.model import packed
 
 TIME_FREQUENCIES = 64
 DISTILBERT_INIT = (0.02, 768)  # DistilBERT's initial std, and the width it was chosen for
@@ -128,7 +129,8 @@ class Denoiser(nn.Module):
         L may be less than ``max_length``, where the rest is padding that nothing would attend to.
         ``previous_x0_BLD`` is an earlier estimate (self-conditioning; Chen et al. 2022, arXiv:2208.04202), zeros where
         there is none. Where ``image_dropped_N`` is True the photo is hidden from its rows. Nothing attends to caption
-        positions where ``mask_BL`` is False. ``guide`` needs ``model.text_token``.
+        positions where ``mask_BL`` is False; with a length head, what is given there means nothing. ``guide`` needs
+        ``model.text_token``.
         """
         B, L, D = x_BLD.shape
         num_photos = image.pooled_NF.shape[0]
@@ -146,9 +148,12 @@ class Denoiser(nn.Module):
             tokens_BSH = tokens_BSH + self.time_mlp(_sinusoids(t_B).to(x_BLD.dtype))[:, None]
         at_S = torch.arange(tokens_BSH.shape[1], device=x_BLD.device)
         at_S[L:] += self.max_length - L  # features keep their places
-        hidden_BSH = self.body(
-            inputs_embeds=tokens_BSH, attention_mask=mask_BS, position_ids=at_S[None]
-        ).last_hidden_state
+        if mask_BS is None or self.length_head is None:
+            hidden_BSH = self.body(
+                inputs_embeds=tokens_BSH, attention_mask=mask_BS, position_ids=at_S[None]
+            ).last_hidden_state
+        else:  # where padding is foretold, nobody asks what stands there
+            hidden_BSH = packed.hidden_states(self.body, tokens_BSH, mask_BS, mask_BS[:, None, None], at_S)
         hidden_BLD = self.output_projection(hidden_BSH[:, :L])
         return hidden_BLD if self.head is None else self.head(hidden_BLD)
 

@@ -1,0 +1,56 @@
+"""DistilBERT's transformer without padding: every layer sees the tokens that count, one behind the other.
+
+In: a body, token rows of unequal length and which tokens count. Out: hidden states in the same place. Only attention
+puts the tokens back into rows. Captions are about two thirds as long as the longest of their batch: so much less work.
+
+Letters: B rows, S tokens a row, T tokens that count of all rows, H body width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import DistilBertModel
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def hidden_states(
+    body: DistilBertModel, tokens_BSH: Tensor, counts_BS: Tensor, sees: Tensor, position_S: Tensor
+) -> Tensor:
+    """hidden_BSH; zeros where ``counts_BS`` is False. ``sees``, a mask of booleans that broadcasts to (B, heads, S, S),
+    says which tokens a token attends to; it has to leave out those that don't count."""
+    B, S, H = tokens_BSH.shape
+    at_T = counts_BS.flatten().nonzero().squeeze(1)
+
+    def in_rows(x_TH: Tensor) -> Tensor:
+        return x_TH.new_zeros(B * S, H).index_copy(0, at_T, x_TH).view(B, S, H)
+
+    def attend(heads: int, dropout: float, *query_key_value: Tensor) -> Tensor:
+        query, key, value = (in_rows(x_TH).unflatten(-1, (heads, -1)).transpose(1, 2) for x_TH in query_key_value)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=sees, dropout_p=dropout)
+        return attended.transpose(1, 2).reshape(B * S, H)[at_T]
+
+    hidden_1TH = body.embeddings(
+        input_ids=None,  # type: ignore[arg-type]
+        inputs_embeds=tokens_BSH.flatten(0, 1)[at_T][None],
+        position_ids=position_S.repeat(B)[at_T][None],  # type: ignore[arg-type]
+    )
+    hidden_TH, layers = hidden_1TH[0], cast(Any, body.transformer.layer)
+    for layer in layers:
+        own = layer.attention
+        dropout = own.dropout.p if own.training else 0.0
+        hidden_TH = layer_output(layer, hidden_TH, partial(attend, own.n_heads, dropout))
+    return in_rows(hidden_TH)
+
+
+def layer_output(layer: Any, hidden: Tensor, attend: Attend) -> Tensor:
+    """What one of DistilBERT's layers makes of hidden (..., H); ``attend(query, key, value)`` is its attention."""
+    own = layer.attention
+    attended = attend(own.q_lin(hidden), own.k_lin(hidden), own.v_lin(hidden))
+    hidden = layer.sa_layer_norm(own.out_lin(attended) + hidden)
+    return layer.output_layer_norm(layer.ffn(hidden) + hidden)
