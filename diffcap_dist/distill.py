@@ -1,9 +1,10 @@
 """`diffcap distill RUN --out FILE.jsonl [key=value ...]`: a run's captions of its training photos, to train another on.
 
-In: a run directory with an exported captioner, the teacher, and its shards. Out: JSON lines {"key": ..., "captions":
-[...]}, the ``data.captions`` of a student's config. One caption a photo, always the same: a teacher's likeliest are
-easier to learn than what people happened to write (sequence-level distillation: Kim & Rush 2016, arXiv:1606.07947),
-most of all for a model that writes all words at once (Gu et al. 2018, arXiv:1711.02281). On any number of ranks.
+In: a run directory with an exported captioner, the teacher, and its shards (with ``data.train``, of all datasets of the
+mix). Out: JSON lines {"key": ..., "captions": [...]}, the ``data.captions`` of a student's config. One caption a photo,
+always the same: a teacher's likeliest are easier to learn than what people happened to write (sequence-level
+distillation: Kim & Rush 2016, arXiv:1606.07947), most of all for a model that writes all words at once (Gu et al. 2018,
+arXiv:1711.02281). On any number of ranks.
 
 With ``--best-of N``, N more captions of each photo are drawn at ``--temperature``, and of all N + 1 the one with the
 highest CIDEr-D against the photo's own captions is kept: the student learns what is rewarded (Dong et al. 2023,
@@ -23,7 +24,7 @@ from pathlib import Path
 from diffcap_dist.data.shard_format import atomic_write, references_of
 from diffcap_dist.evaluation.captioner import Captioner
 from diffcap_dist.evaluation.scores import count_caption, count_references, counted_cider_d, tokenize
-from diffcap_dist.evaluation.trained_run import caption_share, load_run, open_split
+from diffcap_dist.evaluation.trained_run import caption_share, load_run, open_training
 from diffcap_dist.run_dir import RunDir
 from diffcap_dist.training import distributed
 
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ranks = distributed.init_ranks()
     try:
         captioner, encoder = load_run(RunDir(args.run), args.settings, ranks)
-        reader = open_split(captioner, captioner.config.data.train_split, encoder)
+        reader = open_training(captioner, encoder)
         written, records = caption_share(captioner, reader, encoder, args.batch_size, ranks)
         drafts = {key: [caption] for key, caption in written.items()}
         for number in range(args.best_of):
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         distributed.finish()
     if gathered is not None:
         everything = {key: texts for part, _ in gathered for key, texts in part.items()}
+        if twice := sum(reader.counts) - len(everything):
+            raise ValueError(f"{twice} photos have the key of another one: whose captions are whose could not be told")
         if args.best_of:
             everything = best(everything, {key: texts for _, part in gathered for key, texts in part.items()})
         lines = [json.dumps({"key": key, "captions": everything[key][:1]}) + "\n" for key in sorted(everything)]

@@ -192,14 +192,24 @@ def import_npy_dir(directory: Path, folder: Path, feature_name: str) -> Register
         return _import(directory, feature_name, _npy_rows(folder))
 
 
-def _import(directory: Path, feature_name: str, rows: _Rows) -> Registered:
+def import_array(
+    directory: Path, like: FeatureInfo, photo_ids: list[str], pooled_NF: np.ndarray, how: str
+) -> Registered:
+    """Features that were made of those that ``like`` describes: of the same name and the same encoder."""
+    place = {photo_id: row for row, photo_id in enumerate(photo_ids)}
+    rows = _Rows(Path(how), f"{like.preprocessing} | {how}", len(photo_ids), place, lambda row: pooled_NF[row])
+    with _alone(directory, like.name):
+        return _import(directory, like.name, rows, like.weights_sha256)
+
+
+def _import(directory: Path, feature_name: str, rows: _Rows, weights_sha256: str | None = None) -> Registered:
     index = ShardIndex.load(directory)
     first_photo, num_photos = _require_complete(directory, index, rows)
     shape = _read_row(rows, first_photo, None).shape
     info = FeatureInfo(
         name=feature_name,
         source=rows.where.name,
-        weights_sha256=None,
+        weights_sha256=weights_sha256,
         pooled_dim=shape[-1],
         patches=(shape[0], shape[1]) if len(shape) == 2 else None,
         preprocessing=rows.preprocessing,

@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_dataset(commands, name, what)
     _add_joined(commands)
     _add_urls(commands)
+    _add_between(commands)
     _add_index(commands)
     _add_features(commands)
     _add_inspection(commands)
@@ -125,6 +126,17 @@ def _add_urls(commands: Any) -> None:
     urls.add_argument("--timeout", type=float, default=20.0, metavar="SECONDS", help="of one request (default 20)")
     _writing(urls, MAX_REJECTED_URLS)
     urls.set_defaults(run=run_urls)
+
+
+def _add_between(commands: Any) -> None:
+    what = "points between photos in the space of their features, for a teacher to caption"
+    between = commands.add_parser("between", help=what, description=what)
+    between.add_argument("directory", type=_local, metavar="DIR")
+    between.add_argument("--features", required=True, metavar="NAME", help="pooled features beside DIR's photos")
+    between.add_argument("--count", type=int, required=True, metavar="N", help="points")
+    between.add_argument("--seed", type=int, default=0)
+    _writing(between)
+    between.set_defaults(run=run_between)
 
 
 def _add_index(commands: Any) -> None:
@@ -242,6 +254,20 @@ def run_urls(arguments: argparse.Namespace) -> int:
     connections = max(1, arguments.connections // max(1, arguments.workers))
     limits = Limits(connections=connections, per_host=arguments.per_host, timeout_seconds=arguments.timeout)
     _write(url_list(files, arguments.downloads, limits, arguments.retry_failed), arguments)
+    return 0
+
+
+def run_between(arguments: argparse.Namespace) -> int:
+    from shards import features
+    from shards.between import between
+
+    if "://" in arguments.out:
+        raise ValueError("features are written into a local folder: make the dataset there, then copy it")
+    source, info, points_PF = between(arguments.directory, arguments.features, arguments.count, arguments.seed)
+    if _write(source, arguments).index is not None:
+        photo_ids = [sample.photo_id for sample in source.samples]
+        how = f"between photos of {arguments.directory.name}"
+        _report_features(features.import_array(Path(arguments.out), info, photo_ids, points_PF, how))
     return 0
 
 

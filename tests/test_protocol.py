@@ -9,7 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffcap_dist.evaluation.protocol import (
+    Similarity,
+    bleu_similarity,
     consensus,
+    f1_similarity,
     floor_caption,
     floor_scores,
     human_scores,
@@ -122,28 +125,46 @@ def test_retrieval_in_blocks_is_retrieval() -> None:
     assert whole[250:260] == one_by_one
 
 
-def plain_consensus(captions: list[str]) -> int:
-    def similarity(c: list[str], r: list[str]) -> float:
-        product = min(1.0, np.exp(1 - len(r) / len(c)))
-        for order in range(1, 5):
-            in_c, in_r = ({tuple(t[i : i + order]) for i in range(len(t) - order + 1)} for t in (c, r))
-            product *= ((len(in_c & in_r) + 1) / (len(in_c) + 1)) ** 0.25
-        return product
-
-    tokens = [text.split() for text in captions]
-    totals = [sum(similarity(c, r) for j, r in enumerate(tokens) if j != i) for i, c in enumerate(tokens)]
-    return int(np.argmax(np.round(totals, 9)))
+def ngram_sets(c: list[str], r: list[str]) -> list[tuple[set, set]]:
+    return [tuple({tuple(t[i : i + n]) for i in range(len(t) - n + 1)} for t in (c, r)) for n in range(1, 5)]  # type: ignore[misc]
 
 
+def plain_bleu(c: list[str], r: list[str]) -> float:
+    precisions = [(len(in_c & in_r) + 1) / (len(in_c) + 1) for in_c, in_r in ngram_sets(c, r)]
+    return min(1.0, np.exp(1 - len(r) / len(c))) * float(np.prod(precisions)) ** 0.25
+
+
+def plain_f1(c: list[str], r: list[str]) -> float:
+    f1 = [2 * len(in_c & in_r) / max(1, len(in_c) + len(in_r)) for in_c, in_r in ngram_sets(c, r)]
+    return sum(f1) / 4 * np.exp(-((len(c) - len(r)) ** 2) / 72)
+
+
+@pytest.mark.parametrize("similarity, plain", [(bleu_similarity, plain_bleu), (f1_similarity, plain_f1)])
 @pytest.mark.parametrize("seed", range(5))
-def test_consensus_is_the_highest_mean_sentence_bleu(seed: int) -> None:
-    captions = many_captions(30, seed)
-    assert consensus([count_caption(text.split()) for text in captions]) == plain_consensus(captions)
+def test_consensus_is_the_highest_mean_similarity(seed: int, similarity: Similarity, plain) -> None:  # type: ignore[no-untyped-def]
+    tokens = [text.split() for text in many_captions(30, seed)]
+    counted = [count_caption(words) for words in tokens]
+    np.testing.assert_allclose(similarity(counted), [[plain(c, r) for r in tokens] for c in tokens], atol=1e-6)
+    totals = [sum(plain(c, r) for j, r in enumerate(tokens) if j != i) for i, c in enumerate(tokens)]
+    assert consensus(counted, similarity) == int(np.argmax(np.round(totals, 9)))
 
 
-def test_consensus_of_one_and_of_empty_captions() -> None:
-    assert consensus([count_caption(["a"])]) == 0
-    assert consensus([count_caption([]), count_caption([])]) == 0
+@pytest.mark.parametrize("similarity", [bleu_similarity, f1_similarity])
+def test_consensus_of_one_and_of_empty_captions(similarity: Similarity) -> None:
+    assert consensus([count_caption(["a"])], similarity) == 0
+    assert consensus([count_caption([]), count_caption([])], similarity) == 0
+
+
+def test_a_short_caption_is_not_the_consensus_for_being_short() -> None:
+    """Of BLEU's similarity, where little is shared, it is."""
+    texts = [
+        "a man",
+        "a man rides a red bike down a hill",
+        "a man on a bike rides down the hill",
+        "two dogs run on the grass",
+    ]
+    counted = [count_caption(text.split()) for text in texts]
+    assert consensus(counted, f1_similarity) in (1, 2)
 
 
 @pytest.mark.parametrize(

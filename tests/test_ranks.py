@@ -25,7 +25,9 @@ from tests.test_image_encoder import saved_clip
 pytestmark = pytest.mark.slow
 
 
-def test_the_road_end_to_end(tiny_config: Path, tmp_path: Path) -> None:
+def test_the_road_end_to_end(
+    tiny_config: Path, scene_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Train on 2 ranks, evaluate on 2 and on 1: the same captions and, as floats, the same scores; then the report."""
     run = RunDir(tmp_path / "run")
     launch(2, "diffcap_dist.train", str(tiny_config))
@@ -49,6 +51,15 @@ def test_the_road_end_to_end(tiny_config: Path, tmp_path: Path) -> None:
     launch(2, "diffcap_dist.distill", str(run.root), "--out", str(teacher[1]), *drawing)
     assert teacher[0].read_bytes() == teacher[1].read_bytes()
     assert len(read_captions(teacher[0])) == 64
+    more = tmp_path / "more"
+    between = ["between", str(scene_shards), "--features", "oracle", "--count", "9", "--workers", "1"]
+    assert make_shards.main([*between, "--out", str(more)]) == 0
+    distill = ["distill", str(run.root), "--out", str(tmp_path / "mix.jsonl")]
+    assert diffcap.main([*distill, f"data.train=[{{shards: {scene_shards}}}, {{shards: {more}}}]"]) == 0
+    assert len(read_captions(tmp_path / "mix.jsonl")) == 64 + 9
+    shutil.copytree(more, tmp_path / "again")
+    assert diffcap.main([*distill, f"data.train=[{{shards: {more}}}, {{shards: {tmp_path / 'again'}}}]"]) == 2
+    assert "9 photos have the key of another one" in capsys.readouterr().err
     records = list(run.read_metrics())
     validations = [r for r in records if r["kind"] == "validation"]
     assert [r["step"] for r in validations] == [10, 20]

@@ -27,7 +27,7 @@ from diffcap_dist.data.shard_format import FeatureInfo, atomic_write
 from diffcap_dist.diffusion.objective import build_network, open_positions, position_noise
 from diffcap_dist.diffusion.sampler import ddim, unmask, x0_feedback
 from diffcap_dist.diffusion.schedule import NoiseSchedule
-from diffcap_dist.evaluation.protocol import consensus
+from diffcap_dist.evaluation.protocol import consensus, f1_similarity
 from diffcap_dist.evaluation.scores import count_caption, tokenize
 from diffcap_dist.model.autoregressive import AutoregressiveModel
 from diffcap_dist.model.denoiser import Denoiser, ImageFeatures
@@ -382,7 +382,7 @@ def _most_agreed(texts: list[str]) -> str:
     """Minimum Bayes risk: the candidate nearest to the others."""
     if len(texts) == 1:
         return texts[0]
-    return texts[consensus([count_caption(tokenize(text)) for text in texts])]
+    return texts[consensus([count_caption(tokenize(text)) for text in texts], f1_similarity)]
 
 
 def _key_number(key: str) -> int:

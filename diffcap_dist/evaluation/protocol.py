@@ -6,11 +6,12 @@ validation references by the caller; nothing here reads files or knows which spl
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from diffcap_dist.evaluation.scores import (
+    CIDER_LENGTH_SIGMA,
     MAX_ORDER,
     CountedCaption,
     bleu,
@@ -23,6 +24,7 @@ from diffcap_dist.evaluation.scores import (
 )
 
 References = Mapping[str, Sequence[str]]
+Similarity = Callable[[Sequence[CountedCaption]], np.ndarray]  # C captions, each to each: (C, C)
 
 # ---- Human: one reference against the rest ----
 
@@ -123,29 +125,53 @@ def retrieval_captions(
                 if photo not in counted:
                     counted[photo] = [count_caption(tokenize(text)) for text in train_captions[photo]]
             pool = [text for photo in photos for text in train_captions[photo]]
-            chosen.append(pool[consensus([caption for photo in photos for caption in counted[photo]])])
+            of_all = [caption for photo in photos for caption in counted[photo]]
+            chosen.append(pool[consensus(of_all, bleu_similarity)])
     return chosen
 
 
-def consensus(captions: Sequence[CountedCaption]) -> int:
-    """The index of the caption with the highest mean similarity to the others; of equals the first.
+def consensus(captions: Sequence[CountedCaption], similarity: Similarity) -> int:
+    """The index of the caption with the highest mean similarity to the others; of equals the first."""
+    similarity_CC = similarity(captions)
+    np.fill_diagonal(similarity_CC, 0)
+    return int(np.argmax(similarity_CC.sum(axis=1)))
 
-    Similarity of c to r: sentence BLEU-4 of c against r alone, over distinct n-grams, each precision
-    smoothed as (shared + 1) / (of c + 1), with the brevity penalty exp(1 - |r| / |c|) where c is shorter.
-    """
+
+def bleu_similarity(captions: Sequence[CountedCaption]) -> np.ndarray:
+    """Sentence BLEU-4 of each against each other alone, (C, C), over distinct n-grams, each precision smoothed as
+    (shared + 1) / (of c + 1), with the brevity penalty exp(1 - |r| / |c|) where c is shorter."""
     log_precision_CC = np.zeros((len(captions), len(captions)))
+    for shared_CC in _shared_ngrams(captions):
+        log_precision_CC += np.log((shared_CC + 1) / (np.diag(shared_CC)[:, None] + 1)) / MAX_ORDER
+    length_C = _lengths(captions)
+    return np.exp(log_precision_CC + np.minimum(0, 1 - length_C[None, :] / length_C[:, None]))
+
+
+def f1_similarity(captions: Sequence[CountedCaption]) -> np.ndarray:
+    """(C, C): F1 of the distinct n-grams of two captions, mean over n = 1..4, times CIDEr-D's penalty for unequal
+    lengths (Vedantam et al. 2015, arXiv:1411.5726). Unlike BLEU it does not favour what is short or said of everything
+    (docs/results.md)."""
+    f1_CC = np.zeros((len(captions), len(captions)))
+    for shared_CC in _shared_ngrams(captions):
+        number_C = np.diag(shared_CC)
+        f1_CC += 2 * shared_CC / np.maximum(1, number_C[:, None] + number_C) / MAX_ORDER
+    length_C = _lengths(captions)
+    return f1_CC * np.exp(-((length_C[:, None] - length_C) ** 2) / (2 * CIDER_LENGTH_SIGMA**2))
+
+
+def _shared_ngrams(captions: Sequence[CountedCaption]) -> Iterator[np.ndarray]:
+    """For n = 1..4, how many distinct n-grams two captions have in common, (C, C)."""
     for order in range(MAX_ORDER):
         tables = [caption.ngrams[order] for caption in captions]
         column = {ngram: index for index, ngram in enumerate(dict.fromkeys(g for t in tables for g in t))}
         holds_CG = np.zeros((len(captions), len(column)), dtype=np.float32)
         rows = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
         holds_CG[rows, [column[ngram] for table in tables for ngram in table]] = 1
-        shared_CC = holds_CG @ holds_CG.T
-        log_precision_CC += np.log((shared_CC + 1) / (np.diag(shared_CC)[:, None] + 1)) / MAX_ORDER
-    length_C = np.array([max(1, len(caption.tokens)) for caption in captions])
-    log_brevity_CC = np.minimum(0, 1 - length_C[None, :] / length_C[:, None])
-    # every caption's similarity to itself is 1, so leaving it in the sum changes no choice
-    return int(np.argmax(np.exp(log_precision_CC + log_brevity_CC).sum(axis=1)))
+        yield holds_CG @ holds_CG.T
+
+
+def _lengths(captions: Sequence[CountedCaption]) -> np.ndarray:
+    return np.array([max(1, len(caption.tokens)) for caption in captions])
 
 
 def _unit_rows(features_NF: np.ndarray) -> np.ndarray:

@@ -41,10 +41,21 @@ def default_split(captioner: Captioner) -> str:
 
 def open_split(captioner: Captioner, split: str, encoder: ImageEncoder | None) -> ShardReader:
     """A split of the shards that the captioner was trained on, seen as it sees them."""
+    return _reader(captioner, [captioner.config.data.shards], split, encoder)
+
+
+def open_training(captioner: Captioner, encoder: ImageEncoder | None) -> ShardReader:
+    """All that is trained on: of a mix, the datasets behind each other, each once."""
+    data = captioner.config.data
+    places = [one.shards for one in data.train] or [data.shards]
+    return _reader(captioner, list(dict.fromkeys(places)), data.train_split, encoder)
+
+
+def _reader(captioner: Captioner, places: list[str], split: str, encoder: ImageEncoder | None) -> ShardReader:
     config = captioner.config
     data = config.data
     transform = encoder.pixel_transform(exact=data.decode == "exact") if encoder is not None else None
-    return ShardReader(data.shards, split, data.features, config.encoder.patches, transform, data.cache, data.cache_gb)
+    return ShardReader(places, split, data.features, config.encoder.patches, transform, data.cache, data.cache_gb)
 
 
 def _batches(photos: Iterator[Photo], size: int) -> Iterator[list[Photo]]:
