@@ -76,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--photos", type=int, default=256, help="of the test split (default 256)")
     parser.add_argument("--rounds", type=int, default=3, help="how often each is timed; the median counts (default 3)")
     parser.add_argument("--batch-size", type=int, default=64, help="photos at a time (default 64)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of all runs (default fp32)")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     ranks = distributed.init_ranks()
@@ -89,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "batch_size": args.batch_size,
         "rounds": args.rounds,
         "hardware": hardware(ranks),
+        "precision": args.precision,
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         "points": [point.record(photos) for point in points],
@@ -106,8 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(args: argparse.Namespace, ranks: distributed.Ranks) -> tuple[list[Point], int]:
     """All points, timed and scored, and the number of photos. ValueError where the runs are not of one dataset."""
     points, datasets, batches, rows = [], set(), [], None
+    settings = ["sampler.candidates=1", f"sampler.precision={args.precision}"]
     for path in args.runs:
-        captioner, encoder = load_run(RunDir(path), ["sampler.candidates=1"], ranks)
+        captioner, encoder = load_run(RunDir(path), settings, ranks)
         data = captioner.config.data
         datasets.add((data.shards, data.features, captioner.config.encoder.patches))
         if len(datasets) > 1:
@@ -175,7 +178,7 @@ def as_markdown(result: dict[str, Any]) -> str:
     found = result["hardware"]
     device = found["gpu"] or f"{found['cpus']} {found['machine']} CPUs, {result['threads']} threads"
     told = (
-        f"{result['photos']} photos, {result['batch_size']} at a time, one candidate",
+        f"{result['photos']} photos, {result['batch_size']} at a time, one candidate, {result['precision']}",
         f"medians of {result['rounds']} rounds",
         f"{device}, torch {found['torch']}, load average {result['load']:.1f}. `{result['command']}`",
     )

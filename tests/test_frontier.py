@@ -52,7 +52,7 @@ def test_all_kinds_beside_each_other(runs: list[Path], tmp_path: Path, capsys: p
         *(("control", None) for _ in range(2)),
     ]
     assert all(len(p["seconds"]) == 2 and min(p["seconds"]) > 0 for p in points)
-    assert result["photos"] == 12
+    assert result["photos"] == 12 and result["precision"] == "fp32"
     said = capsys.readouterr().out
     assert said.count("\n| ") == len(points)
     assert (out / "frontier.md").read_text() in said
@@ -60,10 +60,12 @@ def test_all_kinds_beside_each_other(runs: list[Path], tmp_path: Path, capsys: p
     assert len(drawn.findall(".//{*}circle")) == 12 + 14  # the control has no steps
     assert diffcap.main(["evaluate", str(runs[1]), "sampler.num_inference_steps=2", "--no-clip-score"]) == 0
     scores = json.loads(RunDir(runs[1]).scores.read_text())
-    same = next(p for p in points if p["sampler"] == "unmasking, revised" and p["num_inference_steps"] == 2)
+    same = next(p for p in points if p["sampler"] == "unmasking" and p["num_inference_steps"] == 2)
     assert {name: same[name] for name in ("bleu_4", "cider_d", "scene_accuracy")} == {
         name: scores[name] for name in ("bleu_4", "cider_d", "scene_accuracy")
     }
+    assert diffcap.main(["frontier", str(runs[1]), "--precision", "bf16", *words[:-4], "--rounds", "1"]) == 0
+    assert ", bf16" in (out / "frontier.md").read_text()
 
 
 def test_runs_of_other_photos_are_refused(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
