@@ -139,7 +139,7 @@ class SamplerConfig:
     temperature: float = 0.0  # of masked diffusion and the autoregressive control: 0 takes the likeliest words
     revise: bool = False  # masked diffusion: words of little confidence are masked again, whenever they were written
     num_beams: int = 1  # of the autoregressive control; 1 is greedy
-    candidates: int = 1  # captions drawn per image; the one nearest to the others is kept
+    candidates: int = 1  # captions drawn per image; the one most like the others is kept
     remove_repeats: bool = False  # drop a word that repeats the one before it
     precision: Literal["fp32", "bf16"] = "fp32"  # of an exported captioner; in bf16 near-ties may fall either way
     seed: int = 0
