@@ -338,6 +338,24 @@ def test_the_last_estimate_is_clean_where_words_are_known(kind: str) -> None:
     assert (shown[1][~known_BL] - denoiser.embed(ids_BL)[~known_BL]).abs().max() > 0.1
 
 
+def test_restore_terms_are_of_what_is_not_known() -> None:
+    """Where the length is foretold, [SEP] and [PAD] are given: clean at every time, and 0 in the loss."""
+    config = dataclasses.replace(MASKED, kind="continuous", restore_weight=0.7, first_step_weight=0.2)
+    denoiser = small_denoiser(self_conditioning=False, length_head=True)
+    objective = DiffusionObjective(denoiser, config, PAD, MASK)
+    seen: list[tuple[Tensor, Tensor]] = []
+    denoiser.register_forward_hook(lambda module, given, hidden: seen.append((given[0], hidden)))
+    ids_NCL = captions_of([L, 3, 4])
+    terms = objective(ids_NCL, features(), Draws.at([0, 1, 2], 1, 1, objective.noise_shape, 0, 0, config, CPU))
+    ids_BL = ids_NCL[:, 0]
+    x0_BLD = denoiser.embed(ids_BL)
+    known_BL = torch.arange(L)[None] >= (ids_BL != PAD).sum(-1, keepdim=True) - 1
+    for name, (x_BLD, hidden_BLD) in zip(("restore", "first_step"), seen, strict=True):
+        torch.testing.assert_close(x_BLD[known_BL], x0_BLD[known_BL])
+        off_BLD = (denoiser.clean_estimate(hidden_BLD) - x0_BLD) * ~known_BL[..., None]
+        torch.testing.assert_close(terms[name], off_BLD.square().mean())
+
+
 @pytest.mark.parametrize("kind", ["continuous", "masked"])
 def test_a_batchs_loss_is_the_mean_of_its_parts(kind: str) -> None:
     """So it is the same on any number of ranks, though each masks another number of words."""

@@ -63,6 +63,11 @@ def open_positions(lengths_B1: Tensor, max_length: int) -> Tensor:
     return torch.arange(max_length, device=lengths_B1.device)[None] < lengths_B1 - 1
 
 
+def _where_open(open_BL: Tensor | None, x_BLD: Tensor, known_BLD: Tensor) -> Tensor:
+    """What is known, but x_BLD where there is something to denoise (None: everywhere)."""
+    return x_BLD if open_BL is None else torch.where(open_BL[..., None], x_BLD, known_BLD)
+
+
 def _chunk_cross_entropy(tokens_TD: Tensor, table_VD: Tensor, ids_T: Tensor) -> Tensor:
     return F.cross_entropy((tokens_TD @ table_VD.T).float(), ids_T, reduction="sum")
 
@@ -210,16 +215,13 @@ class DiffusionObjective(nn.Module):
         else:
             counted_BL = open_BL
             x0_BLD, noise_BLD = network.embed(ids_BL).to(dtype), draws.noise.to(dtype)
-            x_BLD = self._noised(x0_BLD, noise_BLD, draws.t_B)
-            if open_BL is not None:
-                x_BLD = torch.where(open_BL[..., None], x_BLD, x0_BLD)
+            x_BLD = _where_open(open_BL, self._noised(x0_BLD, noise_BLD, draws.t_B), x0_BLD)
         previous_x0_BLD = None
         if draws.self_condition and network.config.self_conditioning:
             with torch.no_grad():
                 previous_x0_BLD = network.clean_estimate(self._hidden(x_BLD, draws.t_B, rows))
-                if open_BL is not None:  # known words stay clean in it, as at inference
-                    known_BLD = network.embed(ids_BL).to(dtype)
-                    previous_x0_BLD = torch.where(open_BL[..., None], previous_x0_BLD, known_BLD)
+                # Known words stay clean in it, as at inference.
+                previous_x0_BLD = _where_open(open_BL, previous_x0_BLD, network.embed(ids_BL).to(dtype))
         hidden_BLD = self._hidden(x_BLD, draws.t_B, rows, previous_x0_BLD)
         rounding = rounding_loss(network.rounding_input(hidden_BLD), network.embedding_matrix(), ids_BL, counted_BL)
         terms = {"rounding": rounding}
@@ -229,7 +231,8 @@ class DiffusionObjective(nn.Module):
             terms["length"] = F.cross_entropy(logits_BL.float(), lengths_B - 1)
         if config.restore_weight:
             target_BLD = self._target(x0_BLD, noise_BLD, draws.t_B)
-            terms["restore"] = restore_loss(network.clean_estimate(hidden_BLD), target_BLD, config.restore_loss)
+            estimate_BLD = _where_open(open_BL, network.clean_estimate(hidden_BLD), target_BLD)
+            terms["restore"] = restore_loss(estimate_BLD, target_BLD, config.restore_loss)
         if config.first_step_weight:
             terms["first_step"] = self._first_step_loss(x0_BLD[::K], noise_BLD[::K], rows.every(K))
         for name, scale in zip(("restore", "first_step", "rounding"), self.scales):
@@ -275,8 +278,10 @@ class DiffusionObjective(nn.Module):
     def _first_step_loss(self, x0_BLD: Tensor, noise_BLD: Tensor, rows: _Rows) -> Tensor:
         """|mu(x_1, 1) - x0|: the paper's x_1 restoring term, at t = 1/T; once per caption, not per timestep."""
         t_B = torch.full(x0_BLD.shape[:1], 1 / self.config.num_timesteps, device=x0_BLD.device)
-        hidden_BLD = self._hidden(self._noised(x0_BLD, noise_BLD, t_B), t_B, rows)
-        return restore_loss(self.network.clean_estimate(hidden_BLD), x0_BLD, self.config.restore_loss)
+        open_BL = self._open(rows.ids_BL)
+        hidden_BLD = self._hidden(_where_open(open_BL, self._noised(x0_BLD, noise_BLD, t_B), x0_BLD), t_B, rows)
+        estimate_BLD = _where_open(open_BL, self.network.clean_estimate(hidden_BLD), x0_BLD)
+        return restore_loss(estimate_BLD, x0_BLD, self.config.restore_loss)
 
 
 class AutoregressiveObjective(nn.Module):
