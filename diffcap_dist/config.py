@@ -142,6 +142,7 @@ class SamplerConfig:
     candidates: int = 1  # captions drawn per image; the one most like the others is kept
     remove_repeats: bool = False  # drop a word that repeats the one before it
     precision: Literal["fp32", "bf16"] = "fp32"  # of an exported captioner; in bf16 near-ties may fall either way
+    compile: bool = False  # an exported denoiser by torch.compile, on GPUs as CUDA graphs; it takes a minute to begin
     seed: int = 0
 
 
@@ -280,6 +281,9 @@ def _recipe_conflicts(config: Config) -> dict[str, bool]:
     return {
         "all loss weights are zero: set diffusion.rounding_weight or diffusion.restore_weight": not (
             diffusion.rounding_weight or diffusion.restore_weight
+        ),
+        "sampler.compile=true is for denoisers; model.kind=autoregressive writes word by word, by other code": (
+            sampler.compile and model.kind == "autoregressive"
         ),
         f"sampler.guidance_scale={sampler.guidance_scale} needs a model that was trained with "
         "diffusion.image_drop_rate > 0, e.g. 0.1": (

@@ -157,10 +157,11 @@ def _check_settings(settings: ShardSettings, max_rejected: float, workers: int, 
 
 def _require_free(output: Output, request: dict[str, Any]) -> None:
     """Raises ValueError unless the place is empty or holds an interrupted run of the same request."""
+    # Listed first: a part that runs at the same time leaves its request before it writes anything else.
+    strangers = [name for name in output.names() if not name.startswith(f"{UNFINISHED}/")]
     if output.size(REQUEST_FILE) is not None:
         _require_same(output, json.loads(output.read(REQUEST_FILE)), request)
         return
-    strangers = [name for name in output.names() if not name.startswith(f"{UNFINISHED}/")]
     if strangers and output.size(INDEX_FILE) is None:  # else the last part has finished it this moment
         raise ValueError(
             f"{output} holds files ({', '.join(strangers[:3])}), but no dataset of ours. Choose an empty or new folder"

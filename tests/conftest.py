@@ -33,10 +33,11 @@ training: {{num_steps: 20, global_batch_size: 16, validate_every: 10, validation
 
 @pytest.hookimpl(tryfirst=True)  # after pytest-xdist's own hook, which reads the marks, they would be in vain
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For pytest-xdist: a file's tests stay in one process, and so do all that use the SLURM of the tests; files with
-    slow ones come first, so that no process is left with them at the end."""
+    """For pytest-xdist: a file's tests stay in one process, and so do all that use the SLURM of the tests; files of
+    slow ones alone come first, then those with some, so that no process is left with them at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    quick = {item.path for item in items if not item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in slow, item.path in quick))
     for item in items:
         group = "cluster" if "cluster" in item.path.parts else item.path.name
         item.add_marker(pytest.mark.xdist_group(group))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,23 @@ def test_half_precision(kind: str, tmp_path: Path) -> None:
     assert (whole.network.dtype, half.network.dtype) == (torch.float32, torch.bfloat16)
     words, others = (c.caption_ids(ImageFeatures(PHOTOS), KEYS) for c in (whole, half))
     assert (words == others).float().mean() > 0.75
+
+
+@pytest.mark.slow  # of which the compiler takes most
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPUs")
+def test_compiled_code_writes_the_same_words(tmp_path: Path) -> None:
+    captioner = captioner_of("masked, lengths foretold")
+    words = ["diffusion.image_drop_rate=0.1", "sampler.guidance_scale=2.0"]
+    about = {"step": 3, "feature_widths": [10, None], "features": "f", "encoder_sha256": None}
+    export_captioner(
+        tmp_path / "export", captioner.network.state_dict(), captioner.network, captioner.config, TOKENIZER, about
+    )
+    plain = load_captioner(tmp_path / "export", words)
+    compiled = load_captioner(tmp_path / "export", [*words, "sampler.compile=true"])
+    for count in (len(KEYS), 2):  # a last batch is smaller
+        expected, got = (c.caption_ids(ImageFeatures(PHOTOS[:count]), KEYS[:count]) for c in (plain, compiled))
+        assert torch.equal(got, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 def test_a_network_begins_with_the_weights_of_another_kind(tmp_path: Path) -> None:

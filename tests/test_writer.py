@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diffcap_dist.data.shard_format import INDEX_FILE, ShardIndex, ShardInfo, open_shard, safe_key
+from shards import writer
 from shards.make_shards import main
-from shards.output import Folder, Store, output_at
+from shards.output import Folder, Store, output_at, write_file
 from shards.verification import verify
 from shards.writer import (
     REJECTED_FILE,
@@ -95,6 +96,16 @@ def test_parts_that_run_at_once_do_not_disturb_each_other(tmp_path: Path) -> Non
             parts = [pool.submit(write_dataset, source(60), Folder(many), FIVE, part=(part, 6)) for part in range(6)]
         assert any(part.result().index is not None for part in parts)
         assert contents(many) == contents(tmp_path / "one")
+
+
+def test_a_part_that_begins_at_this_moment_is_no_stranger(tmp_path: Path) -> None:
+    class Beside(Folder):
+        def names(self) -> list[str]:
+            write_file(self, writer.REQUEST_FILE, writer._request_bytes({"command": "x"}))
+            (tmp_path / "train-000001.tar.tmp").touch()
+            return super().names()
+
+    writer._require_free(Beside(tmp_path), {"command": "x"})
 
 
 @settings(max_examples=12, deadline=None)

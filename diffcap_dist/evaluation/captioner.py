@@ -184,13 +184,14 @@ class Captioner:
 
     def _foretold(self, features: ImageFeatures) -> _Known:
         """How long each candidate is to be: candidate c of C takes the (c + 1/2) / C quantile of the length head's
-        distribution, one candidate its median. As wide as the longest of them."""
+        distribution, one candidate its median. As wide as the longest of them; compiled code is of one width."""
         tokenizer, C = self.tokenizer, self.config.sampler.candidates
         up_to_NL = self.network.length_logits(features).float().softmax(-1).cumsum(-1)
         quantile_C = (torch.arange(C, device=up_to_NL.device) + 0.5) / C
         lengths_NC = 1 + (up_to_NL[:, None] < quantile_C[None, :, None]).sum(-1).clamp(max=up_to_NL.shape[1] - 1)
         lengths_B1 = lengths_NC.flatten()[:, None]
-        open_BL = open_positions(lengths_B1, int(lengths_B1.max()))
+        L = self.config.data.max_length if self.config.sampler.compile else int(lengths_B1.max())
+        open_BL = open_positions(lengths_B1, L)
         ids_BL = torch.full_like(open_BL, tokenizer.pad_id, dtype=torch.long).scatter(
             1, lengths_B1 - 1, tokenizer.sep_id
         )
@@ -269,6 +270,7 @@ class _GuidedDenoiser:
         hidden_BLD = self.network(x_BLD, t_B, self.features, previous_x0_BLD, None, self.mask_BL)
         if self.guidance_scale != 1.0:
             hide_N = torch.ones(len(self.features.pooled_NF), dtype=torch.bool, device=x_BLD.device)
+            hidden_BLD = hidden_BLD.clone()  # a CUDA graph writes every result to the same place
             without_BLD = self.network(x_BLD, t_B, self.features, previous_x0_BLD, hide_N, self.mask_BL)
             hidden_BLD = without_BLD + self.guidance_scale * (hidden_BLD - without_BLD)
         return hidden_BLD
@@ -315,7 +317,10 @@ def load_captioner(folder: Path, overrides: Sequence[str] = (), device: torch.de
     network.load_state_dict(load_file(folder / "model.safetensors"))
     network.eval().requires_grad_(False)
     dtype = torch.bfloat16 if config.sampler.precision == "bf16" else torch.float32
-    return Captioner(network.to(device or torch.device("cpu"), dtype), config, tokenizer)
+    network = network.to(device or torch.device("cpu"), dtype)
+    if config.sampler.compile:
+        network.compile(mode="reduce-overhead" if network.no_image.is_cuda else "default", dynamic=False)
+    return Captioner(network, config, tokenizer)
 
 
 def begin_with(network: Denoiser, run: Path) -> list[str]:
