@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffcap_dist.data.shard_format import atomic_write, references_of
+from diffcap_dist.data.stream import ShardReader
 from diffcap_dist.evaluation.captioner import Captioner
 from diffcap_dist.evaluation.scores import count_caption, count_references, counted_cider_d, tokenize
 from diffcap_dist.evaluation.trained_run import caption_share, load_run, open_training
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         captioner, encoder = load_run(RunDir(args.run), args.settings, ranks)
         reader = open_training(captioner, encoder)
+        require_keys_of_their_own(reader)
         written, records = caption_share(captioner, reader, encoder, args.batch_size, ranks)
         drafts = {key: [caption] for key, caption in written.items()}
         for number in range(args.best_of):
@@ -59,14 +61,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         distributed.finish()
     if gathered is not None:
         everything = {key: texts for part, _ in gathered for key, texts in part.items()}
-        if twice := sum(reader.counts) - len(everything):
-            raise ValueError(f"{twice} photos have the key of another one: whose captions are whose could not be told")
         if args.best_of:
             everything = best(everything, {key: texts for _, part in gathered for key, texts in part.items()})
         lines = [json.dumps({"key": key, "captions": everything[key][:1]}) + "\n" for key in sorted(everything)]
         atomic_write(args.out, "".join(lines).encode())
         print(f"captions of {len(lines)} photos in {args.out}: train with data.captions={args.out}")
     return 0
+
+
+def require_keys_of_their_own(reader: ShardReader) -> None:
+    """Captions go by key: in a mix it may not stand for a photo of one dataset and for another's."""
+    dataset_of_key: dict[str, int] = {}
+    for shard, count in enumerate(reader.counts if len(reader.stores) > 1 else []):
+        dataset = reader.dataset_of[shard]
+        for sample in range(count):
+            key, _ = reader.record(shard, sample)
+            other = dataset_of_key.setdefault(key, dataset)
+            if other != dataset:
+                both = f"{reader.stores[other].where} and {reader.stores[dataset].where}"
+                raise ValueError(
+                    f"data.train: {both} both have a photo {key}, and captions go by key. Make one of them anew with "
+                    "other photo ids (make-shards between: another --seed)"
+                )
 
 
 def best(drafts: dict[str, list[str]], references: dict[str, list[str]]) -> dict[str, list[str]]:

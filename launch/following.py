@@ -9,11 +9,10 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from diffcap_dist.run_dir import RunDir
 from launch import scheduler
-from launch.job import SELF, culprit, describe_failure, is_finished, last_traceback, saved_step
+from launch.job import SELF, describe_failure, first_to_fail, is_finished, last_traceback, read_log, saved_step
 from launch.scheduler import Submitted
 
 
@@ -58,7 +57,7 @@ def failure(run: RunDir, job: Submitted) -> str:
     """The first rank that failed, with its traceback."""
     if job.cluster == "slurm":
         said = sorted(run.logs.glob(f"{job.kind}.{job.job}.*.srun"), key=lambda path: path.stat().st_mtime)
-        found = culprit(read_log(said[-1])) if said else None
+        found = first_to_fail(run, job.kind, job.job, read_log(said[-1])) if said else None
         if found is not None:
             return describe_failure(run, job.kind, job.job, found)
         return "\n".join(read_log(job.job_log(run)).splitlines()[-10:])
@@ -67,8 +66,3 @@ def failure(run: RunDir, job: Submitted) -> str:
         return f"stopped before its end; it continues with: {SELF} resubmit {shlex.quote(str(run.root))}"
     first = min(ranks, key=lambda rank: job.log(run, rank).stat().st_mtime if job.log(run, rank).is_file() else 0)
     return f"first to fail: rank {first} ({job.log(run, first)})\n{last_traceback(job.log(run, first))}"
-
-
-def read_log(file: Path) -> str:
-    """Its text, empty where there is none yet."""
-    return file.read_text(errors="replace").rstrip() if file.is_file() else ""

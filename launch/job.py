@@ -87,23 +87,18 @@ def note_lost_start(run: RunDir, kind: str, job: str, restarts: int) -> None:
     if not events or events[-1]["event"] == "end":
         return
     restarts = events[-1]["restarts"]
-    lost = lost_node(_words_of_srun(run, kind, job, restarts))
+    lost = lost_node(read_log(_srun_log(run, kind, job, restarts)))
     how = f"SLURM ended it and started it again: {lost or 'its first node was lost, or had no time for a word'}"
     end = {"event": "end", "kind": kind, "job": job, "restarts": restarts, "step": saved_step(run)}
     add_record(run, {**end, "how": how, "culprit": str(lost) if lost else None})
     print(f"the start before this one: {how}", file=sys.stderr)
 
 
-def _words_of_srun(run: RunDir, kind: str, job: str, restarts: int) -> str:
-    said = run.logs / f"{kind}.{job}.{restarts}.srun"
-    return said.read_text(errors="replace") if said.is_file() else ""
-
-
 def after(run: RunDir, kind: str, status: int, said: Path, warning: int = WARNING_SECONDS) -> int:
     """The job's exit status. 0 lets the jobs that wait for it start."""
     job, restarts = _job()
-    words = said.read_text(errors="replace") if said.is_file() else ""
-    print(words, end="", file=sys.stderr)
+    words = read_log(said)
+    print(words, file=sys.stderr)
     found = first_to_fail(run, kind, job, words)
     end = {"event": "end", "kind": kind, "job": job, "restarts": restarts, "status": status, "step": saved_step(run)}
     if status == 0 and (kind != "train" or is_finished(run)):
@@ -127,7 +122,7 @@ def requeue_without_script(run: RunDir) -> None:
     job, restarts = _job()
     if any(r["event"] == "end" and (r["job"], r["restarts"]) == (job, restarts) for r in read_records(run)):
         return
-    lost = lost_node(_words_of_srun(run, "train", job, restarts), ask=True)
+    lost = lost_node(read_log(_srun_log(run, "train", job, restarts)), ask=True)
     step, found = saved_step(run), str(lost or f"the batch script on {os.environ.get('SLURMD_NODENAME')}: Killed")
     how = f"requeued, at step {step} or what the ranks save as they are ended: {found}"
     if lost:  # SLURM ended the script with the node, and starts the job again by itself
@@ -248,9 +243,18 @@ def describe_failure(run: RunDir, kind: str, job: str, found: Culprit) -> str:
 
 def last_traceback(log: Path) -> str:
     """The last traceback in a log, or its last lines where there is none."""
-    lines = re.split(r"[\r\n]+", log.read_text(errors="replace").rstrip()) if log.is_file() else ["it left no words"]
+    lines = re.split(r"[\r\n]+", read_log(log)) if log.is_file() else ["it left no words"]
     begins = [number for number, line in enumerate(lines) if "Traceback (most recent call last)" in line]
     return "\n".join("  " + line for line in lines[begins[-1] if begins else -10 :][-TAIL_LINES:])
+
+
+def read_log(file: Path) -> str:
+    """Its text, empty where there is none yet."""
+    return file.read_text(errors="replace").rstrip() if file.is_file() else ""
+
+
+def _srun_log(run: RunDir, kind: str, job: str, restarts: int) -> Path:
+    return run.logs / f"{kind}.{job}.{restarts}.srun"  # as the batch script has it
 
 
 # ---- SLURM ----

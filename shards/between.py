@@ -60,6 +60,5 @@ def _neighbours(features_NF: np.ndarray, photo_P: np.ndarray, rank_P: np.ndarray
         chunk = photos[start : start + PHOTOS_AT_ONCE]
         cosine_CN = unit_NF[chunk] @ unit_NF.T
         cosine_CN[np.arange(len(chunk)), chunk] = -np.inf
-        kept = min(NEIGHBOURS, len(features_NF) - 1)
-        ranked.append(np.argsort(-cosine_CN, axis=1, kind="stable")[:, :kept])
+        ranked.append(np.argsort(-cosine_CN, axis=1, kind="stable")[:, :NEIGHBOURS])
     return np.concatenate(ranked)[at_P, rank_P]

@@ -21,12 +21,12 @@ import yaml
 from diffcap_dist.config import load_config
 from diffcap_dist.run_dir import RunDir
 from diffcap_dist.training.distributed import slurm_rank_variables
-from launch import job, preflight, snapshot, submit
+from launch import following, job, preflight, snapshot, submit
 from launch.arguments import slurm_option
 from launch.job import culprit
 from launch.records import add_record, read_records
 from launch.sbatch import Resources, limit_seconds, warning_seconds
-from launch.scheduler import NICE, choose_cluster
+from launch.scheduler import NICE, Submitted, choose_cluster
 from tests.conftest import TINY_SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -339,6 +339,14 @@ def test_a_lost_node_is_named(
     assert read_records(run)[-1]["how"].split(";")[0] == how
     (programs / "scontrol").unlink()
     assert job.hostnames("n1,n2") == []
+
+
+def test_whoever_follows_a_run_is_told_of_the_node_too(tmp_path: Path, tiny_config: Path, programs: Path) -> None:
+    run = trained(tmp_path, tiny_config, 10)
+    run.logs.mkdir()
+    (run.logs / "train.7.0.srun").write_text(N1 + "srun: error: Node failure on n2\n")
+    said = following.failure(run, Submitted("train", "slurm", "7", 2))
+    assert said == "first to fail: node n2: lost; its ranks left no last words"
 
 
 def test_a_run_that_has_come_to_its_end(tmp_path: Path, tiny_config: Path, programs: Path) -> None:

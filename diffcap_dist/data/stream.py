@@ -109,7 +109,7 @@ class ShardReader:
         self.counts = [shard.samples for shard in self.shards]
         self.bytes = sum(shard.bytes for shard in self.shards)
         self.patches, self.transform = patches, transform
-        self._dataset_of = [number for number, shards in enumerate(self.datasets) for _ in shards]
+        self.dataset_of = [number for number, shards in enumerate(self.datasets) for _ in shards]
         infos = [store.index.feature(features) if features else None for store in self.stores]
         self.feature_info: FeatureInfo | None = infos[0]
         self._check_features(places, features, infos)
@@ -129,7 +129,7 @@ class ShardReader:
         try:
             return self._photo(shard, sample, crop)
         except ShardDamage:
-            number = self._dataset_of[shard]
+            number = self.dataset_of[shard]
             if not self.stores[number].forget(self.shards[shard], self._feature_infos[number]):
                 raise
             if shard in self._open:
@@ -149,7 +149,7 @@ class ShardReader:
     def prefetch(self, shards: Sequence[int]) -> None:
         """Let remote shards come, the first ones first, while others are read."""
         for number, store in enumerate(self.stores):
-            own = [self.shards[shard] for shard in shards if self._dataset_of[shard] == number]
+            own = [self.shards[shard] for shard in shards if self.dataset_of[shard] == number]
             if own and store.is_remote:
                 store.prefetch(own, self._feature_infos[number])
 
@@ -183,7 +183,7 @@ class ShardReader:
             return found
         if len(self._open) >= MAX_OPEN_SHARDS:
             self._open.pop(next(iter(self._open)))[0].close()
-        number = self._dataset_of[shard]
+        number = self.dataset_of[shard]
         info = self._feature_infos[number]
         opened = self.stores[number].open(self.shards[shard], info)
         pooled_NF, patches_NPF = (None, None) if info is None else opened.features(info)

@@ -149,8 +149,7 @@ def bleu_similarity(captions: Sequence[CountedCaption]) -> np.ndarray:
 
 def f1_similarity(captions: Sequence[CountedCaption]) -> np.ndarray:
     """(C, C): F1 of the distinct n-grams of two captions, mean over n = 1..4, times CIDEr-D's penalty for unequal
-    lengths (Vedantam et al. 2015, arXiv:1411.5726). Unlike BLEU it does not favour what is short or said of everything
-    (docs/results.md)."""
+    lengths (Vedantam et al. 2015, arXiv:1411.5726). It chooses better captions than BLEU does (docs/results.md)."""
     f1_CC = np.zeros((len(captions), len(captions)))
     for shared_CC in _shared_ngrams(captions):
         number_C = np.diag(shared_CC)
