@@ -105,6 +105,9 @@ class DiffusionConfig:
 
     kind: Literal["masked", "continuous"] = "masked"  # words behind [MASK], or Gaussian noise over their embeddings
     schedule: Literal["cosine", "sqrt"] = "cosine"
+    learn_schedule: bool = False  # continuous: each validation spreads the times anew, so that the loss rises evenly
+    # the times of the schedule that even times 0, 1/n, ..., 1 are spread to; learned ones are written into the export
+    schedule_knots: list[float] = field(default_factory=list)
     num_timesteps: int = 1000  # T: the x_1 term is at t = 1/T
     noise_scale: float = 4.0
     noising: Literal["standard", "as_printed"] = "standard"  # noise times sqrt(1 - alpha_bar), or without the root
@@ -296,6 +299,11 @@ def _recipe_conflicts(config: Config) -> dict[str, bool]:
         "or diffusion.kind=continuous": (
             diffusion.kind == "masked"
             and (model.x0_from != "logits" or bool(diffusion.restore_weight or diffusion.first_step_weight))
+        ),
+        "diffusion.learn_schedule and schedule_knots are of continuous diffusion by DDIM or DDPM: set "
+        "diffusion.kind=continuous and sampler.name=ddim": (
+            (diffusion.learn_schedule or bool(diffusion.schedule_knots))
+            and (diffusion.kind != "continuous" or sampler.name != "ddim" or model.kind == "autoregressive")
         ),
         "model.kind=autoregressive: set diffusion.timesteps_per_caption=1 (it has no times) and model.x0_from=logits": (
             model.kind == "autoregressive" and (diffusion.timesteps_per_caption != 1 or model.x0_from != "logits")

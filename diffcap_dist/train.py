@@ -8,6 +8,7 @@ this same function.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import math
 import sys
@@ -30,6 +31,7 @@ from diffcap_dist.data.captions import CaptionTokenizer
 from diffcap_dist.data.shard_format import ShardDamage
 from diffcap_dist.data.stream import Batch, CaptionStream, Damage, ShardReader, all_records
 from diffcap_dist.diffusion.objective import Draws, build_network, build_objective
+from diffcap_dist.diffusion.schedule import knots_of_losses
 from diffcap_dist.evaluation.captioner import Captioner, begin_with, export_captioner, feature_identity
 from diffcap_dist.evaluation.validation import Validation
 from diffcap_dist.model.denoiser import ImageFeatures
@@ -139,6 +141,8 @@ class Trainer:
             config.seed,
         )
         self.captioner = Captioner(network, config, tokenizer)
+        if self.state.schedule_knots:
+            self._spread_times(self.state.schedule_knots)
         self.stop = (stop or StopFlag()).install()
         self.metrics = Metrics(self.run_dir, ranks)
         self.step_keys: list[str] = []  # of this rank's samples of the step
@@ -296,6 +300,8 @@ class Trainer:
     def _validate(self, bar: tqdm) -> None:
         self.engine.eval()
         with self.ema.swapped():
+            if self.config.diffusion.learn_schedule:
+                self._learn_schedule()
             scores = self.validation.run(self.engine.module, self.captioner, self.dtype)
             best = (self.state.best_bleu_4, -self.state.best_val_loss)
             if self.config.training.export == "last" or (scores["bleu_4"], -scores["val_loss"]) > best:
@@ -307,6 +313,19 @@ class Trainer:
         self.metrics.validation(self.state, scores, bar)
         self._stop_early(scores["val_loss"])
 
+    def _learn_schedule(self) -> None:
+        losses = self.validation.losses_by_time(self.engine.module, self.dtype)
+        self._spread_times(knots_of_losses(losses))
+        if self.ranks.is_first:
+            line = {"kind": "schedule", "step": self.state.step, "losses": losses, "knots": self.state.schedule_knots}
+            self.run_dir.log(line)
+
+    def _spread_times(self, knots: list[float]) -> None:
+        """Let training and sampling go through the schedule as ``knots`` say, and what is saved and exported too."""
+        self.state.schedule_knots = knots
+        schedule = dataclasses.replace(self.captioner.schedule, knots=tuple(knots))
+        self.objective.schedule = self.captioner.schedule = schedule
+
     def _export(self, folder: Path, weights: dict[str, torch.Tensor], scores: dict[str, float]) -> None:
         about = {
             "step": self.state.step,
@@ -314,7 +333,11 @@ class Trainer:
             "feature_widths": self.data.feature_widths,
             **feature_identity(self.data.train.feature_info, self.data.encoder),
         }
-        export_captioner(folder, weights, self.objective.network, self.config, self.data.tokenizer, about)
+        diffusion = dataclasses.replace(
+            self.config.diffusion, schedule_knots=self.state.schedule_knots or self.config.diffusion.schedule_knots
+        )
+        config = dataclasses.replace(self.config, diffusion=diffusion)
+        export_captioner(folder, weights, self.objective.network, config, self.data.tokenizer, about)
 
     def _save(self) -> None:
         started = time.perf_counter()

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from diffcap_dist.diffusion.schedule import NoiseSchedule
+from diffcap_dist.config import ConfigError, load_config
+from diffcap_dist.diffusion.sampler import ddim
+from diffcap_dist.diffusion.schedule import EVEN_SHARE, NoiseSchedule, knots_of_losses
 
 
 def test_cosine_is_the_published_formula() -> None:
@@ -53,7 +59,55 @@ def test_each_row_has_its_own_time() -> None:
 def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="noise_scale is 0"):
         NoiseSchedule("cosine", 0)
+    for knots in ((0.0,), (0.1, 1.0), (0.0, 0.9), (0.0, 0.6, 0.5, 1.0)):
+        with pytest.raises(ValueError, match="must rise from 0 to 1"):
+            NoiseSchedule(knots=knots)
+    with pytest.raises(ValueError, match="finite"):
+        knots_of_losses([0.0, math.nan, 1.0])
     with pytest.raises(ValueError, match="known schedules"):
         NoiseSchedule("linear")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"\(2, 3, 4\), \(2, 3, 5\)"):
         NoiseSchedule().add_noise(torch.zeros(2, 3, 4), torch.zeros(2, 3, 5), torch.zeros(2))
+
+
+def test_spread_goes_straight_between_its_knots() -> None:
+    t = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
+    assert NoiseSchedule(knots=(0.0, 0.2, 1.0)).spread(t).tolist() == pytest.approx([0.0, 0.1, 0.2, 0.6, 1.0])
+    assert NoiseSchedule().spread(t) is t
+    torch.testing.assert_close(NoiseSchedule(knots=(0.0, 0.25, 0.5, 0.75, 1.0)).spread(t), t)
+
+
+@given(st.lists(st.floats(0, 100), min_size=2, max_size=30))
+def test_the_loss_rises_evenly_over_learned_times(losses: list[float]) -> None:
+    """At each knot as much of the rise is behind as of the time, but for the share that stays even."""
+    knots = knots_of_losses(losses)
+    schedule = NoiseSchedule(knots=tuple(knots))  # which checks that they rise from 0 to 1
+    even = np.linspace(0, 1, len(losses))
+    risen = np.maximum.accumulate(losses) - losses[0]
+    behind = np.interp(schedule.spread(torch.from_numpy(even)), even, risen / risen[-1] if risen[-1] > 0 else even)
+    np.testing.assert_allclose((1 - EVEN_SHARE) * behind + EVEN_SHARE * np.array(knots), even, atol=1e-6)
+
+
+def test_times_go_where_the_loss_changes() -> None:
+    """A loss that jumps at 0.8: nine tenths of the steps are taken about there."""
+    knots = knots_of_losses([0.0] * 8 + [1.0] * 3)
+    assert sum(0.7 <= time <= 0.8 for time in knots) >= 9
+
+
+def test_ddim_goes_through_the_spread_times() -> None:
+    seen: list[float] = []
+
+    def denoise(x_BLD: torch.Tensor, t: float, previous: torch.Tensor | None) -> torch.Tensor:
+        seen.append(t)
+        return x_BLD * 0
+
+    ddim(denoise, torch.ones(1, 1, 1), NoiseSchedule(knots=(0.0, 0.2, 1.0)), 4)
+    assert seen == pytest.approx([1.0, 0.6, 0.2, 0.1])
+
+
+def test_only_continuous_diffusion_learns_a_schedule(tiny_config: Path) -> None:
+    words = ["diffusion.kind=continuous", "diffusion.learn_schedule=true"]
+    assert load_config(tiny_config, words).diffusion.learn_schedule
+    for other in (["diffusion.kind=masked"], ["sampler.name=x0_feedback"], ["model.kind=autoregressive"]):
+        with pytest.raises(ConfigError, match=r"learn_schedule .* diffusion.kind=continuous"):
+            load_config(tiny_config, [*words, *other])

@@ -175,7 +175,7 @@ class DiffusionObjective(nn.Module):
     def __init__(self, network: Denoiser, config: DiffusionConfig, pad_id: int, mask_id: int = -1) -> None:
         super().__init__()
         self.network, self.config, self.pad_id, self.mask_id = network, config, pad_id, mask_id
-        self.schedule = NoiseSchedule(config.schedule, config.noise_scale)
+        self.schedule = NoiseSchedule.of(config)
         self.scales = reduction_scales(
             config.loss_reduction, config.timesteps_per_caption, network.max_length, network.embedding_dim
         )
@@ -205,24 +205,24 @@ class DiffusionObjective(nn.Module):
         ids_BL = ids_NCL.flatten(0, 1).repeat_interleave(K, dim=0)
         text_BF = None if text_NCF is None else text_NCF.flatten(0, 1).repeat_interleave(K, dim=0)
         rows = _Rows(ids_BL, image, draws.image_dropped_N, text_BF, draws.text_kept_B)
-        dtype = image.pooled_NF.dtype
+        dtype, t_B = image.pooled_NF.dtype, self.schedule.spread(draws.t_B)
         open_BL = self._open(ids_BL)
         if config.kind == "masked":
             # A standard normal is below its t-quantile with probability t.
-            masked_BL = torch.special.ndtr(draws.noise) < draws.t_B[:, None]
+            masked_BL = torch.special.ndtr(draws.noise) < t_B[:, None]
             counted_BL = masked_BL if open_BL is None else masked_BL & open_BL
             x_BLD = network.embed(ids_BL.masked_fill(counted_BL, self.mask_id)).to(dtype)
         else:
             counted_BL = open_BL
             x0_BLD, noise_BLD = network.embed(ids_BL).to(dtype), draws.noise.to(dtype)
-            x_BLD = _where_open(open_BL, self._noised(x0_BLD, noise_BLD, draws.t_B), x0_BLD)
+            x_BLD = _where_open(open_BL, self._noised(x0_BLD, noise_BLD, t_B), x0_BLD)
         previous_x0_BLD = None
         if draws.self_condition and network.config.self_conditioning:
             with torch.no_grad():
-                previous_x0_BLD = network.clean_estimate(self._hidden(x_BLD, draws.t_B, rows))
+                previous_x0_BLD = network.clean_estimate(self._hidden(x_BLD, t_B, rows))
                 # Known words stay clean in it, as at inference.
                 previous_x0_BLD = _where_open(open_BL, previous_x0_BLD, network.embed(ids_BL).to(dtype))
-        hidden_BLD = self._hidden(x_BLD, draws.t_B, rows, previous_x0_BLD)
+        hidden_BLD = self._hidden(x_BLD, t_B, rows, previous_x0_BLD)
         rounding = rounding_loss(network.rounding_input(hidden_BLD), network.embedding_matrix(), ids_BL, counted_BL)
         terms = {"rounding": rounding}
         if network.length_head is not None:
@@ -230,7 +230,7 @@ class DiffusionObjective(nn.Module):
             logits_BL = network.length_logits(image).repeat_interleave(ids_NCL.shape[1], dim=0)
             terms["length"] = F.cross_entropy(logits_BL.float(), lengths_B - 1)
         if config.restore_weight:
-            target_BLD = self._target(x0_BLD, noise_BLD, draws.t_B)
+            target_BLD = self._target(x0_BLD, noise_BLD, t_B)
             estimate_BLD = _where_open(open_BL, network.clean_estimate(hidden_BLD), target_BLD)
             terms["restore"] = restore_loss(estimate_BLD, target_BLD, config.restore_loss)
         if config.first_step_weight:

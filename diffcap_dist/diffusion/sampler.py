@@ -33,7 +33,8 @@ def ddim(
     noise: Noise | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """DDIM (Song et al. 2020, arXiv:2010.02502, eq. 12 and 16) on a uniform grid of times from 1 to 0.
+    """DDIM (Song et al. 2020, arXiv:2010.02502, eq. 12 and 16) on a uniform grid of times from 1 to 0, or spread as the
+    schedule says.
 
     ``eta`` 0 is deterministic, 1 is the ancestral DDPM sampler; with eta > 0, ``noise(step)`` gives the fresh Gaussian
     noise_BLD of a step. ``time_difference`` tells the denoiser min(1, t + difference): asymmetric time intervals
@@ -44,7 +45,7 @@ def ddim(
     if eta > 0 and noise is None:
         raise ValueError(f"eta is {eta}: a source of fresh noise is needed")
     x0_BLD = None
-    times = torch.linspace(1.0, 0.0, num_inference_steps + 1, dtype=torch.float64)
+    times = schedule.spread(torch.linspace(1.0, 0.0, num_inference_steps + 1, dtype=torch.float64))
     alpha_bars = schedule.alpha_bar(times).tolist()
     for step in range(num_inference_steps):
         t, alpha_bar, next_alpha_bar = times[step].item(), alpha_bars[step], alpha_bars[step + 1]

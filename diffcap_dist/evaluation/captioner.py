@@ -49,7 +49,7 @@ class Captioner:
 
     def __init__(self, network: Denoiser | AutoregressiveModel, config: Config, tokenizer: CaptionTokenizer) -> None:
         self.network, self.config, self.tokenizer = network, config, tokenizer
-        self.schedule = NoiseSchedule(config.diffusion.schedule, config.diffusion.noise_scale)
+        self.schedule = NoiseSchedule.of(config.diffusion)
 
     def caption(
         self, features: ImageFeatures, keys: Sequence[str], drafts: list[list[Draft]] | None = None

@@ -14,7 +14,7 @@ import torch
 from diffcap_dist.data.captions import CaptionTokenizer
 from diffcap_dist.data.shard_format import references_of
 from diffcap_dist.data.stream import Photo, ShardReader, evaluation_photos
-from diffcap_dist.diffusion.objective import Draws, Objective
+from diffcap_dist.diffusion.objective import DiffusionObjective, Draws, Objective
 from diffcap_dist.evaluation.captioner import Captioner
 from diffcap_dist.evaluation.scene_facts import scene_scores
 from diffcap_dist.evaluation.scores import score_captions
@@ -24,6 +24,7 @@ from diffcap_dist.training import distributed
 from diffcap_dist.training.distributed import Ranks
 
 BATCH_PHOTOS = 64
+TIME_INTERVALS = 20  # a learned schedule is straight in each
 ROWS_PER_PHOTO = 4  # fixed times per photo: the loss is then smooth enough to compare
 
 
@@ -66,7 +67,8 @@ class Validation:
         captions: dict[str, str] = {}
         for start, photos in self._batches():
             features = photo_features(photos, self.encoder, self.ranks.device, dtype)
-            losses.append(self._loss(objective, photos, features, start) * len(photos))
+            terms = self._terms(objective, photos, features, start, ROWS_PER_PHOTO, None)
+            losses.append(terms["loss"].item() * len(photos))
             captions.update(zip([p.key for p in photos], captioner.caption(features, [p.key for p in photos])))
         val_loss = distributed.mean([sum(losses) / len(self.photos)], self.ranks.device)[0]
         records = {p.key: p.record for p in self.photos}
@@ -74,12 +76,27 @@ class Validation:
         scores = _scores(gathered) if gathered is not None else None
         return {"val_loss": val_loss, **distributed.from_first(scores)}
 
+    def losses_by_time(self, objective: DiffusionObjective, dtype: torch.dtype) -> list[float]:
+        """The rounding loss at the times 0, 1/n, ..., 1 of the schedule itself, however it is spread now."""
+        spread, objective.schedule = objective.schedule, dataclasses.replace(objective.schedule, knots=())
+        sums = [0.0] * (TIME_INTERVALS + 1)
+        for start, photos in self._batches():
+            features = photo_features(photos, self.encoder, self.ranks.device, dtype)
+            for k in range(len(sums)):
+                terms = self._terms(objective, photos, features, start, 1, k / TIME_INTERVALS)
+                sums[k] += terms["rounding"].item() * len(photos)
+        objective.schedule = spread
+        return distributed.mean([total / len(self.photos) for total in sums], self.ranks.device)
+
     def _batches(self) -> Iterator[tuple[int, list[Photo]]]:
         for start in range(0, len(self.photos), BATCH_PHOTOS):
             yield start, self.photos[start : start + BATCH_PHOTOS]
 
     @torch.no_grad()
-    def _loss(self, objective: Objective, photos: list[Photo], features: ImageFeatures, start: int) -> float:
+    def _terms(
+        self, objective: Objective, photos: list[Photo], features: ImageFeatures, start: int, rows: int, t: float | None
+    ) -> dict[str, torch.Tensor]:
+        """Loss terms of some photos' first captions, each at ``rows`` times: spread over [0, 1], or all ``t``."""
         captions = [photo.record["captions"][0] for photo in photos]
         ids_NL = torch.from_numpy(self.tokenizer.encode(captions, objective.network.max_length)[0]).to(
             self.ranks.device
@@ -87,11 +104,14 @@ class Validation:
         world = self.ranks.world_size
         positions = [(start + i) * world + self.ranks.rank for i in range(len(photos))]
         shape = objective.noise_shape
-        draws = Draws.at(positions, 1, ROWS_PER_PHOTO, shape, self.seed, 0, objective.config, self.ranks.device)
+        draws = Draws.at(positions, 1, rows, shape, self.seed, 0, objective.config, self.ranks.device)
         draws = dataclasses.replace(
-            draws, image_dropped_N=torch.zeros_like(draws.image_dropped_N), self_condition=False
+            draws,
+            image_dropped_N=torch.zeros_like(draws.image_dropped_N),
+            self_condition=False,
+            t_B=draws.t_B if t is None else torch.full_like(draws.t_B, t),
         )
-        return objective(ids_NL[:, None], features, draws)["loss"].item()
+        return objective(ids_NL[:, None], features, draws)
 
 
 def _scores(gathered: list[tuple[dict, dict]]) -> dict[str, float]:

@@ -45,6 +45,7 @@ class TrainState:
     loss_steps: int = 0
     early_stopped: bool = False
     seconds: float = 0.0  # spent in training, over all starts
+    schedule_knots: list[float] = field(default_factory=list)  # where the schedule is learned
     bad_samples: dict[str, int] = field(default_factory=dict)  # what was damaged, and how many samples that is
 
 
