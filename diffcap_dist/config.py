@@ -300,10 +300,9 @@ def _recipe_conflicts(config: Config) -> dict[str, bool]:
             diffusion.kind == "masked"
             and (model.x0_from != "logits" or bool(diffusion.restore_weight or diffusion.first_step_weight))
         ),
-        "diffusion.learn_schedule and schedule_knots are of continuous diffusion by DDIM or DDPM: set "
-        "diffusion.kind=continuous and sampler.name=ddim": (
+        "diffusion.learn_schedule and schedule_knots are of model.kind=denoiser and diffusion.kind=continuous": (
             (diffusion.learn_schedule or bool(diffusion.schedule_knots))
-            and (diffusion.kind != "continuous" or sampler.name != "ddim" or model.kind == "autoregressive")
+            and (diffusion.kind != "continuous" or model.kind != "denoiser")
         ),
         "model.kind=autoregressive: set diffusion.timesteps_per_caption=1 (it has no times) and model.x0_from=logits": (
             model.kind == "autoregressive" and (diffusion.timesteps_per_caption != 1 or model.x0_from != "logits")

@@ -108,6 +108,6 @@ def test_ddim_goes_through_the_spread_times() -> None:
 def test_only_continuous_diffusion_learns_a_schedule(tiny_config: Path) -> None:
     words = ["diffusion.kind=continuous", "diffusion.learn_schedule=true"]
     assert load_config(tiny_config, words).diffusion.learn_schedule
-    for other in (["diffusion.kind=masked"], ["sampler.name=x0_feedback"], ["model.kind=autoregressive"]):
+    for other in (["diffusion.kind=masked"], ["model.kind=autoregressive"]):
         with pytest.raises(ConfigError, match=r"learn_schedule .* diffusion.kind=continuous"):
             load_config(tiny_config, [*words, *other])
