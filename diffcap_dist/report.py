@@ -340,7 +340,7 @@ def charts(data: RunData) -> list[Chart]:
     terms = {name: points(data.training, name) for name in ("loss", "rounding", "restore", "first_step", "length")}
     if terms["rounding"] == terms["loss"]:
         del terms["rounding"]  # the loss has that term only
-    return [
+    drawn = [
         chart(
             "Loss",
             "training loss, its terms, and the validation loss (at fixed timesteps and noise)",
@@ -352,6 +352,10 @@ def charts(data: RunData) -> list[Chart]:
         chart("Throughput", "samples per second", {"samples/s": points(data.training, "samples_per_second")}),
         chart("Gradient norm", "before clipping", {"norm": points(data.training, "grad_norm")}),
     ]
+    if directions := points(data.validation, "resultant_length"):
+        note = "length of the mean of the trained words' unit vectors: 1 where all have collapsed into one direction"
+        drawn.append(chart("Words' directions", note, {"resultant length": directions}))
+    return drawn
 
 
 def score_chart(key: str, data: RunData) -> Chart:

@@ -36,6 +36,7 @@ def test_each_kind_is_the_same_on_one_rank_and_on_two_at_stage_3(
     for run in (one, two):
         records = [r for r in RunDir(run).read_metrics() if r["kind"] in ("training", "validation")]
         found.append([r.get("val_loss", r.get("loss")) for r in records] + [records[-1]["cider_d"]])
+        assert ("resultant_length" in records[-1]) == ("model.train_embeddings=true" in kind)
     assert len(found[0]) == 6
     assert found[1] == pytest.approx(found[0], rel=1e-5)
     load_captioner(RunDir(two).export)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from diffcap_dist.config import DiffusionConfig, ModelConfig
 from diffcap_dist.diffusion import objective as module
 from diffcap_dist.diffusion.objective import DiffusionObjective, Draws, position_noise, restore_loss, rounding_loss
-from diffcap_dist.model.denoiser import Denoiser, ImageFeatures
+from diffcap_dist.model.denoiser import Denoiser, ImageFeatures, resultant_length
 
 L, V, N = 6, 40, 3
 CPU = torch.device("cpu")
@@ -223,6 +223,13 @@ def test_trained_embeddings_keep_unit_variance() -> None:
         denoiser.word_embeddings.weight.mul_(50).add_(3)
     x0 = denoiser.embed(torch.arange(V)[None])
     torch.testing.assert_close(x0.var(-1, unbiased=False), torch.ones(1, V), rtol=1e-3, atol=1e-3)
+
+
+def test_a_collapse_of_the_words_shows() -> None:
+    spread = torch.randn(4000, 64, generator=torch.Generator().manual_seed(0)) * 7
+    assert resultant_length(spread) == pytest.approx(4000**-0.5, rel=0.4)
+    assert resultant_length(spread + 1000) > 0.999
+    assert resultant_length(torch.cat([spread, -spread])) == pytest.approx(0, abs=1e-6)
 
 
 def test_the_paper_feeds_x_t_straight_in() -> None:

@@ -18,7 +18,7 @@ from diffcap_dist.diffusion.objective import DiffusionObjective, Draws, Objectiv
 from diffcap_dist.evaluation.captioner import Captioner
 from diffcap_dist.evaluation.scene_facts import scene_scores
 from diffcap_dist.evaluation.scores import score_captions
-from diffcap_dist.model.denoiser import ImageFeatures
+from diffcap_dist.model.denoiser import ImageFeatures, resultant_length
 from diffcap_dist.model.image_encoder import ImageEncoder
 from diffcap_dist.training import distributed
 from diffcap_dist.training.distributed import Ranks
@@ -62,7 +62,8 @@ class Validation:
         self.photos = list(evaluation_photos(reader, ranks.rank, ranks.world_size, self.num_photos))
 
     def run(self, objective: Objective, captioner: Captioner, dtype: torch.dtype) -> dict[str, float]:
-        """``val_loss`` and scores. The captions' noise and the times depend on the photo alone."""
+        """``val_loss`` and scores; of a trained table its ``resultant_length``, which shows a collapse. The captions'
+        noise and the times depend on the photo alone."""
         losses: list[float] = []
         captions: dict[str, str] = {}
         for start, photos in self._batches():
@@ -74,7 +75,11 @@ class Validation:
         records = {p.key: p.record for p in self.photos}
         gathered = distributed.gather_to_first((captions, records), self.ranks)
         scores = _scores(gathered) if gathered is not None else None
-        return {"val_loss": val_loss, **distributed.from_first(scores)}
+        found = {"val_loss": val_loss, **distributed.from_first(scores)}
+        if objective.network.config.train_embeddings:
+            with torch.no_grad():
+                found["resultant_length"] = resultant_length(objective.network.embedding_matrix())
+        return found
 
     def losses_by_time(self, objective: DiffusionObjective, dtype: torch.dtype) -> list[float]:
         """The rounding loss at the times 0, 1/n, ..., 1 of the schedule itself, however it is spread now."""

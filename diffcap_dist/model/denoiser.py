@@ -62,6 +62,12 @@ class WordEmbeddings(nn.Module):
         return nn.functional.layer_norm(self.weight, self.weight.shape[1:]) * self.std
 
 
+def resultant_length(table_VD: Tensor) -> float:
+    """The mean resultant length of the words' directions: the length of the mean of their unit vectors. About 0 where
+    the words point everywhere, 1 where all have collapsed into one direction."""
+    return nn.functional.normalize(table_VD.float(), dim=-1).mean(0).norm().item()
+
+
 class Denoiser(nn.Module):
     """mu(x_t, t, image) of the paper's section 4, with what later work adds as settings of ``ModelConfig``."""
 
