@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import shutil
 import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 
@@ -72,7 +73,9 @@ def _installed() -> list[str]:
     """The lines of `pip freeze --all`, where there is no pip too. A checkout that is installed as editable is its path:
     its commit is in git.txt."""
     found: dict[str, str] = {}
-    for one in importlib.metadata.distributions():
+    # setuptools, once imported, puts its own copies of packages on the path; they are not installed.
+    places = [place for place in sys.path if Path(place).name != "_vendor"]
+    for one in importlib.metadata.distributions(path=places):
         name, line = one.metadata["Name"], _pinned(one)
         if name and (name not in found or "==" not in line):  # a checkout's egg-info lies beside its installation
             found[name] = line

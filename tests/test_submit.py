@@ -486,7 +486,13 @@ def test_ranks_from_sruns_variables() -> None:
 # ---- the snapshot ----
 
 
-def test_a_snapshot_is_the_checkout_at_that_moment(tmp_path: Path, tiny_config: Path) -> None:
+def test_a_snapshot_is_the_checkout_at_that_moment(
+    tmp_path: Path, tiny_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vendored = tmp_path / "setuptools" / "_vendor"  # what setuptools brings along, once something imports it
+    (vendored / "autocommand-2.2.2.dist-info").mkdir(parents=True)
+    (vendored / "autocommand-2.2.2.dist-info" / "METADATA").write_text("Name: autocommand\nVersion: 2.2.2\n")
+    monkeypatch.syspath_prepend(vendored)
     root = tmp_path / "checkout"
     (root / "diffcap_dist" / "__pycache__").mkdir(parents=True)
     (root / ".gitignore").write_text("__pycache__\n")

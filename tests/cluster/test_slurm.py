@@ -52,7 +52,8 @@ def test_jobs_start_again(slurm: Cluster, tmp_path: Path) -> None:
     preempted = submit("preempted", "--nodelist=n1", "--partition=low", "--signal=B:USR2@30")
     lost = submit("lost", "--nodelist=n2")
     slurm.kill_node("n2")
-    above = slurm.sbatch("--nodelist=n1", f"--output={tmp_path}/above", "--wrap=hostname")
+    # Of both CPUs: it has to preempt, even where the first job has left n1 by then.
+    above = slurm.sbatch("--nodelist=n1", "--cpus-per-task=2", f"--output={tmp_path}/above", "--wrap=hostname")
     slurm.wait_for_job(lost, "PENDING")
     assert slurm.node_states()["n2"].startswith("down")
     slurm.start_node("n2")
