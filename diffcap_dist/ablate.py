@@ -25,6 +25,7 @@ from diffcap_dist.run_dir import RunDir
 from diffcap_dist.sweep_dir import START, Row, SweepDir, added_row, left_out_row
 from diffcap_dist.sweep_report import Line, Sweep, facts, interval, read_sweep, spread, text_table
 
+FACTS = ("cells", "table", "photos", "measured on", "by commits")  # of those of a sweep
 SCORES = {"bleu_4": "BLEU-4", "cider_d": "CIDEr-D", "scene_accuracy": "scene accuracy"}
 
 
@@ -136,7 +137,7 @@ def as_markdown(result: dict[str, Any]) -> str:
         "- gain: beside the row above; lost: of the last recipe, without this change alone; ± half the 95% interval, "
         "of a single score the deviation over seeds",
         "- a photo's cost: time of a training step over its photos, beside the start's, measured as the cells ran",
-        *(f"- {name}: {text}" for name, text in result["facts"].items() if name in ("cells", "table", "photos")),
+        *(f"- {name}: {text}" for name, text in result["facts"].items() if name in FACTS),
     ]
     return "\n".join(lines) + "\n"
 

@@ -34,7 +34,14 @@ from diffcap_dist.evaluation import protocol, seed_protocol
 from diffcap_dist.evaluation.captioner import Captioner, Draft, about_export
 from diffcap_dist.evaluation.clip_score import PROMPT, ClipFeatures, prompted
 from diffcap_dist.evaluation.score_rows import ScoreRows
-from diffcap_dist.evaluation.trained_run import caption_share, default_split, hardware, load_run, open_split
+from diffcap_dist.evaluation.trained_run import (
+    caption_share,
+    code_commit,
+    default_split,
+    hardware,
+    load_run,
+    open_split,
+)
 from diffcap_dist.evaluation.validation import photo_features
 from diffcap_dist.model.image_encoder import ImageEncoder
 from diffcap_dist.run_dir import RunDir
@@ -198,6 +205,7 @@ def evaluate(
         "seconds": slowest,
         "captions_per_second": len(captions) / slowest,
         "hardware": hardware(ranks),
+        "commit": code_commit(),
         "floor": _floor_row(rows, _validation_records(captioner, encoder)),
         "human": rows.human(),
     }

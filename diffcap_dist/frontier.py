@@ -32,7 +32,7 @@ from diffcap_dist.data.shard_format import atomic_write
 from diffcap_dist.data.stream import evaluation_photos
 from diffcap_dist.evaluation.captioner import Captioner
 from diffcap_dist.evaluation.score_rows import ScoreRows
-from diffcap_dist.evaluation.trained_run import default_split, hardware, load_run, open_split
+from diffcap_dist.evaluation.trained_run import code_commit, default_split, hardware, load_run, open_split
 from diffcap_dist.evaluation.validation import photo_features
 from diffcap_dist.model.denoiser import ImageFeatures
 from diffcap_dist.run_dir import RunDir
@@ -90,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "batch_size": args.batch_size,
         "rounds": args.rounds,
         "hardware": hardware(ranks),
+        "commit": code_commit(),
         "precision": args.precision,
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
@@ -180,7 +181,8 @@ def as_markdown(result: dict[str, Any]) -> str:
     told = (
         f"{result['photos']} photos, {result['batch_size']} at a time, one candidate, {result['precision']}",
         f"medians of {result['rounds']} rounds",
-        f"{device}, torch {found['torch']}, load average {result['load']:.1f}. `{result['command']}`",
+        f"{device}, torch {found['torch']}, load average {result['load']:.1f}",
+        f"commit {result['commit'] or 'unknown'}. `{result['command']}`",
     )
     lines += ["", "; ".join(told)]
     for kind in ("continuous", "masked"):

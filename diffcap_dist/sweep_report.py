@@ -263,10 +263,13 @@ def facts(sweep: Sweep) -> dict[str, str]:
         return {"cells": "none has been started"}
     config, made = sweep.shared, sweep.made
     model, training, diffusion = config.model, config.training, config.diffusion
+    scored = [cell.scores for line in sweep.lines for cell in line.cells.values() if cell.scores]
     return {
         "cells": f"{sweep.evaluated} of {sweep.planned} evaluated; seeds {', '.join(map(str, sweep.table.seeds))}",
         "table": " ".join([made["table"], *(["over " + made["overlay"]] if made["overlay"] else []), *made["words"]]),
         "photos": f"{config.data.shards}, features {config.data.features or 'online'}",
+        "measured on": "; ".join(sorted({_device(scores["hardware"]) for scores in scored if "hardware" in scores})),
+        "by commits": ", ".join(sorted({scores.get("commit") or "not recorded" for scores in scored})),
         "denoiser": f"{model.num_layers} layers x {model.width}, {model.body} body, {model.embeddings} embeddings",
         "training": f"{training.num_steps:,} steps of {training.global_batch_size} photos, "
         f"{diffusion.timesteps_per_caption} timesteps a caption",
@@ -274,6 +277,12 @@ def facts(sweep: Sweep) -> dict[str, str]:
         "losses": f"means over the last {LAST_SHARE:.0%} of the steps, of the terms that the paper's tables print",
         "±": "standard deviation over seeds; of differences, half the 95% interval",
     }
+
+
+def _device(hardware: dict[str, Any]) -> str:
+    return (
+        f"{hardware['gpu'] or str(hardware['cpus']) + ' ' + hardware['machine'] + ' CPUs'}, torch {hardware['torch']}"
+    )
 
 
 def remarks(sweep: Sweep) -> list[str]:

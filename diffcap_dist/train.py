@@ -333,10 +333,10 @@ class Trainer:
             "feature_widths": self.data.feature_widths,
             **feature_identity(self.data.train.feature_info, self.data.encoder),
         }
-        diffusion = dataclasses.replace(
-            self.config.diffusion, schedule_knots=self.state.schedule_knots or self.config.diffusion.schedule_knots
+        knots = list(self.captioner.schedule.knots)
+        config = dataclasses.replace(
+            self.config, diffusion=dataclasses.replace(self.config.diffusion, schedule_knots=knots)
         )
-        config = dataclasses.replace(self.config, diffusion=diffusion)
         export_captioner(folder, weights, self.objective.network, config, self.data.tokenizer, about)
 
     def _save(self) -> None:

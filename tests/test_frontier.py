@@ -14,6 +14,7 @@ from diffcap_dist.data.captions import CaptionTokenizer
 from diffcap_dist.data.stream import ShardReader, all_records
 from diffcap_dist.diffusion.objective import build_network
 from diffcap_dist.evaluation.captioner import export_captioner
+from diffcap_dist.frontier import as_svg
 from diffcap_dist.run_dir import RunDir
 
 KINDS = {
@@ -53,6 +54,7 @@ def test_all_kinds_beside_each_other(runs: list[Path], tmp_path: Path, capsys: p
     ]
     assert all(len(p["seconds"]) == 2 and min(p["seconds"]) > 0 for p in points)
     assert result["photos"] == 12 and result["precision"] == "fp32"
+    assert result["commit"] is None or f"commit {result['commit']}." in (out / "frontier.md").read_text()
     said = capsys.readouterr().out
     assert said.count("\n| ") == len(points)
     assert (out / "frontier.md").read_text() in said
@@ -73,3 +75,11 @@ def test_runs_of_other_photos_are_refused(runs: list[Path], tmp_path: Path, caps
     config.write_text(config.read_text().replace("patches: false", "patches: true"))
     assert diffcap.main(["frontier", *map(str, runs), "--out", str(tmp_path / "out")]) == 2
     assert "see them differently" in capsys.readouterr().err
+
+
+def test_more_curves_than_colours_are_told_apart() -> None:
+    point = {"bleu_4": 0.1, "num_inference_steps": 1, "captions_per_second": 10.0}
+    points = [{**point, "run": f"run {number}", "sampler": "unmasking"} for number in range(11)]
+    drawn = ElementTree.fromstring(as_svg({"points": points}))
+    keys = [group.get("class") for group in drawn.findall("{*}g") if group.find("{*}text") is not None]
+    assert len(keys) == len(set(keys)) == 11

@@ -113,6 +113,19 @@ def test_objective_equals_a_plain_reference(x0_from: str, self_conditioning: boo
         torch.testing.assert_close(gradient, dict(denoiser.named_parameters())[name].grad, rtol=1e-4, atol=1e-6)
 
 
+def test_training_goes_through_the_times_that_the_knots_say() -> None:
+    knots, plain = (
+        DiffusionConfig(kind="continuous", schedule_knots=[0.0, 0.7, 1.0]),
+        DiffusionConfig(kind="continuous"),
+    )
+    denoiser = small_denoiser()
+    ids_NCL = torch.randint(0, V, (N, 1, L), generator=torch.Generator().manual_seed(5))
+    draws = draws_for(list(range(N)), 1, denoiser, plain)
+    spread = dataclasses.replace(draws, t_B=torch.where(draws.t_B < 0.5, draws.t_B * 1.4, 0.4 + draws.t_B * 0.6))
+    found = DiffusionObjective(denoiser, knots, PAD)(ids_NCL, features(), draws)["loss"]
+    torch.testing.assert_close(found, DiffusionObjective(denoiser, plain, PAD)(ids_NCL, features(), spread)["loss"])
+
+
 def plain_reference(
     denoiser: Denoiser, config: DiffusionConfig, ids_NCL: Tensor, image: ImageFeatures, draws: Draws
 ) -> dict[str, Tensor]:

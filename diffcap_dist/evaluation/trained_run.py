@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,6 +81,20 @@ def caption_share(
             records.update((photo.key, photo.record) for photo in batch)
             bar.update(len(batch))
     return captions, records
+
+
+def code_commit() -> str | None:
+    """The commit of the code that measures, with a + where files of it are changed; None where it is no checkout."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", __file__)  # else: installed into a folder of somebody's own checkout
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def hardware(ranks: Ranks) -> dict[str, Any]:
