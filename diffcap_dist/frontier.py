@@ -1,9 +1,10 @@
-"""`diffcap frontier RUN ... --out DIR`: quality against denoising steps and against captions per second.
+"""`diffcap frontier RUN ... [key=value ...] --out DIR`: quality against denoising steps, and captions per second.
 
 In: run directories of one dataset, of any kind (continuous, masked, the autoregressive control). Out: in DIR,
 frontier.json, frontier.md and frontier.svg. Each run's captioner is tried with each sampler of its kind and each number
 of steps, one candidate a photo. All are timed in turn, round after round, in this one process on features that lie
-ready: other programs beside it slow all alike. Quality is of the same captions.
+ready: other programs beside it slow all alike. Quality is of the same captions. ``key=value`` words, such as
+``sampler.precision=bf16`` and ``sampler.compile=true``, hold for all runs; the control writes word by word, uncompiled.
 """
 
 from __future__ import annotations
@@ -48,6 +49,9 @@ SAMPLERS: dict[str, dict[str, dict[str, Any]]] = {
     "masked": {"unmasking": {"revise": False}, "unmasking, revised": {"revise": True}},
     "autoregressive": {"greedy": {"num_beams": 1}, "3 beams": {"num_beams": 3}},
 }
+# What is set for every point, over whatever a run's own config says.
+FIXED = {"candidates": 1, "temperature": 0.0}
+VARIED = {"num_inference_steps", *FIXED, *(s for kind in SAMPLERS.values() for some in kind.values() for s in some)}
 
 
 @dataclass
@@ -70,14 +74,22 @@ class Point:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="diffcap frontier", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories of one dataset")
+    parser.add_argument(
+        "words", nargs="+", metavar="RUN ... key=value", help="run directories of one dataset; settings of all of them"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--steps", type=_numbers, default=[1, 2, 3, 5, 10, 20], metavar="1,2,5", help="denoising steps")
     parser.add_argument("--photos", type=int, default=256, help="of the test split (default 256)")
     parser.add_argument("--rounds", type=int, default=3, help="how often each is timed; the median counts (default 3)")
     parser.add_argument("--batch-size", type=int, default=64, help="photos at a time (default 64)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of all runs (default fp32)")
     args = parser.parse_args(argv)
+    args.runs = [Path(word) for word in args.words if "=" not in word]
+    args.settings = [word for word in args.words if "=" in word]
+    for word in args.settings:
+        if word.split("=")[0].removeprefix("sampler.") in VARIED:
+            parser.error(f"{word}: that is what a frontier tries, or keeps alike, itself")
+    if not args.runs:
+        parser.error("no run directory is among the words")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     ranks = distributed.init_ranks()
     try:
@@ -91,7 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rounds": args.rounds,
         "hardware": hardware(ranks),
         "commit": code_commit(),
-        "precision": args.precision,
+        "settings": args.settings,
+        "precision": points[0].captioner.config.sampler.precision,
+        "compiled": points[0].captioner.config.sampler.compile,
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         "points": [point.record(photos) for point in points],
@@ -109,9 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(args: argparse.Namespace, ranks: distributed.Ranks) -> tuple[list[Point], int]:
     """All points, timed and scored, and the number of photos. ValueError where the runs are not of one dataset."""
     points, datasets, batches, rows = [], set(), [], None
-    settings = ["sampler.candidates=1", f"sampler.precision={args.precision}"]
     for path in args.runs:
-        captioner, encoder = load_run(RunDir(path), settings, ranks)
+        captioner, encoder = load_run(RunDir(path), ["sampler.candidates=1", *args.settings], ranks)
         data = captioner.config.data
         datasets.add((data.shards, data.features, captioner.config.encoder.patches))
         if len(datasets) > 1:
@@ -144,7 +157,7 @@ def points_of(path: Path, captioner: Captioner, steps: Sequence[int]) -> list[Po
     for name, settings in SAMPLERS[kind].items():
         for count in [None] if kind == "autoregressive" else steps:
             sampler = dataclasses.replace(
-                captioner.config.sampler, temperature=0.0, num_inference_steps=count or 1, **settings
+                captioner.config.sampler, num_inference_steps=count or 1, **{**FIXED, **settings}
             )
             config = dataclasses.replace(captioner.config, sampler=sampler)
             other = Captioner(captioner.network, config, captioner.tokenizer)
@@ -179,7 +192,8 @@ def as_markdown(result: dict[str, Any]) -> str:
     found = result["hardware"]
     device = found["gpu"] or f"{found['cpus']} {found['machine']} CPUs, {result['threads']} threads"
     told = (
-        f"{result['photos']} photos, {result['batch_size']} at a time, one candidate, {result['precision']}",
+        f"{result['photos']} photos, {result['batch_size']} at a time, one candidate, {result['precision']}"
+        + (", denoisers compiled" if result["compiled"] else ""),
         f"medians of {result['rounds']} rounds",
         f"{device}, torch {found['torch']}, load average {result['load']:.1f}",
         f"commit {result['commit'] or 'unknown'}. `{result['command']}`",

@@ -38,6 +38,7 @@ class Cell:
     scores: dict[str, Any]
     losses: dict[str, float]
     error: str
+    commits: frozenset[str] = frozenset()  # of the code that trained and scored it
 
     def number(self, name: str) -> float | None:
         """A score, ``seed_bleu_4``, or a loss."""
@@ -103,7 +104,9 @@ def read_cell(run: RunDir) -> Cell:
     scores = json.loads(run.scores.read_text(encoding="utf-8")) if run.scores.is_file() else {}
     losses = _losses(run) if scores else {}
     said = error_file(run).read_text(encoding="utf-8").strip() if error_file(run).is_file() else ""
-    return Cell(scores, losses, said.splitlines()[-1] if said else "")
+    starts = [record for record in run.read_metrics() if record.get("kind") == "start"]
+    commits = frozenset(made.get("commit") or "not recorded" for made in (*starts, *([scores] if scores else [])))
+    return Cell(scores, losses, said.splitlines()[-1] if said else "", commits)
 
 
 def _losses(run: RunDir) -> dict[str, float]:
@@ -263,13 +266,14 @@ def facts(sweep: Sweep) -> dict[str, str]:
         return {"cells": "none has been started"}
     config, made = sweep.shared, sweep.made
     model, training, diffusion = config.model, config.training, config.diffusion
-    scored = [cell.scores for line in sweep.lines for cell in line.cells.values() if cell.scores]
+    cells = [cell for line in sweep.lines for cell in line.cells.values() if cell.scores]
+    scored = [cell.scores for cell in cells]
     return {
         "cells": f"{sweep.evaluated} of {sweep.planned} evaluated; seeds {', '.join(map(str, sweep.table.seeds))}",
         "table": " ".join([made["table"], *(["over " + made["overlay"]] if made["overlay"] else []), *made["words"]]),
         "photos": f"{config.data.shards}, features {config.data.features or 'online'}",
         "measured on": "; ".join(sorted({_device(scores["hardware"]) for scores in scored if "hardware" in scores})),
-        "by commits": ", ".join(sorted({scores.get("commit") or "not recorded" for scores in scored})),
+        "by commits": ", ".join(sorted(frozenset().union(*(cell.commits for cell in cells)))),
         "denoiser": f"{model.num_layers} layers x {model.width}, {model.body} body, {model.embeddings} embeddings",
         "training": f"{training.num_steps:,} steps of {training.global_batch_size} photos, "
         f"{diffusion.timesteps_per_caption} timesteps a caption",

@@ -33,6 +33,7 @@ from diffcap_dist.data.stream import Batch, CaptionStream, Damage, ShardReader, 
 from diffcap_dist.diffusion.objective import Draws, build_network, build_objective
 from diffcap_dist.diffusion.schedule import knots_of_losses
 from diffcap_dist.evaluation.captioner import Captioner, begin_with, export_captioner, feature_identity
+from diffcap_dist.evaluation.trained_run import code_commit
 from diffcap_dist.evaluation.validation import Validation
 from diffcap_dist.model.denoiser import ImageFeatures
 from diffcap_dist.model.image_encoder import ImageEncoder, slug
@@ -388,6 +389,7 @@ class Trainer:
             "precision": f"{str(self.dtype).removeprefix('torch.')} ({self.precision_reason})",
             "spread": f"ZeRO stage {training.zero_stage} over {self.ranks.world_size} ranks on"
             f" {self.ranks.device.type}, {torch.get_num_threads()} threads each",
+            "commit": code_commit() or "unknown: the code is in no git checkout",
         }
         if self.config.model.init_from:
             facts["begun with"] = f"{self.config.model.init_from}; new: {', '.join(self.new_weights) or 'nothing'}"

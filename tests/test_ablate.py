@@ -68,6 +68,7 @@ def test_gains_and_losses(table: Path, capsys: pytest.CaptureFixture[str]) -> No
         if cell.row.name in BLEU:
             finish(cell, bleu_4=BLEU[cell.row.name][cell.seed], cider_d=1.0)
             speed = 50.0 if cell.row.name == "+ wide" else 100.0
+            cell.run.log({"kind": "start", "step": 0, "commit": f"a1b2c3{cell.seed}"})
             cell.run.log({"kind": "training", "step": 1, "samples_per_second": None})
             cell.run.log({"kind": "training", "step": 2, "samples_per_second": speed})
     out = folder.root / "result"
@@ -83,6 +84,7 @@ def test_gains_and_losses(table: Path, capsys: pytest.CaptureFixture[str]) -> No
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     rows = {name: cells for name, *cells in lines}
     assert rows["+ wide"] == ["0.210 ± 0.014", "1.000 ± 0.000", "+0.100 ± 0.061", "+0.110 ± 0.043", "2.00"]
+    assert "- by commits: a1b2c30, a1b2c31, not recorded\n" in text  # what trained them; `finish` scores without one
     assert rows["+ dropout"][3] == "" and rows["the control"][0] == "0.500 ± 0.000" and "- wide: more room" in text
     drawn = ElementTree.fromstring((out / "ablation.svg").read_text())
     assert len(drawn.findall(".//{*}circle")) == 14  # a dot for each seed; twice where a recipe is in both panels

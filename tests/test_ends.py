@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffcap_dist.evaluation.trained_run import code_commit
 from diffcap_dist.run_dir import RunDir
 from diffcap_dist.training import checkpoint
 from tests.conftest import launch, launch_command, rank_environment
@@ -44,8 +45,9 @@ def test_sigkill_then_the_same_command_continues_exactly(tiny_config: Path, tmp_
     ema = "checkpoints/step_00000020/ema.safetensors"
     expected, got = load_file(whole.root / ema), load_file(broken.root / ema)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
-    starts = [r["step"] for r in broken.read_metrics() if r["kind"] == "start"]
-    assert starts == [0, 10]
+    starts = [r for r in broken.read_metrics() if r["kind"] == "start"]
+    assert [r["step"] for r in starts] == [0, 10]
+    assert all(r["commit"].startswith(code_commit() or "unknown") for r in starts)
     assert set(SHARED_MEMORY.glob("deepspeed*")) <= left, "memory that stays taken after the run"
 
 

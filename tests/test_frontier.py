@@ -66,8 +66,21 @@ def test_all_kinds_beside_each_other(runs: list[Path], tmp_path: Path, capsys: p
     assert {name: same[name] for name in ("bleu_4", "cider_d", "scene_accuracy")} == {
         name: scores[name] for name in ("bleu_4", "cider_d", "scene_accuracy")
     }
-    assert diffcap.main(["frontier", str(runs[1]), "--precision", "bf16", *words[:-4], "--rounds", "1"]) == 0
-    assert ", bf16" in (out / "frontier.md").read_text()
+    assert diffcap.main(["frontier", str(runs[1]), "sampler.precision=bf16", *words[:-4], "--rounds", "1"]) == 0
+    assert ", bf16; medians" in (out / "frontier.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["sampler.num_inference_steps=3"], "tries, or keeps alike"), (["sampler.precision=bf16"], "no run directory")],
+)
+def test_words_that_make_no_frontier(
+    words: list[str], said: str, runs: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*words, *([str(runs[0])] if "no run" not in said else [])]
+    with pytest.raises(SystemExit):
+        diffcap.main(["frontier", *given, "--out", "x"])
+    assert said in capsys.readouterr().err
 
 
 def test_runs_of_other_photos_are_refused(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
