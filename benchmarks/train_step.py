@@ -135,8 +135,7 @@ class PlainStep(nn.Module):
     def __init__(self, denoiser: Denoiser, encoder: ImageEncoder, encode_every_timestep: bool) -> None:
         super().__init__()
         V, H = denoiser.vocab_size, denoiser.embedding_dim
-        self.clip: Any = encoder.clip
-        self.normalised = encoder.normalised
+        self.encoder = encoder
         self.encode_every_timestep = encode_every_timestep
         self.body = DistilBertModel(DistilBertConfig(**{**denoiser.body.config.to_dict(), "vocab_size": V}))
         self.body.load_state_dict(denoiser.body.state_dict(), strict=False)
@@ -175,7 +174,7 @@ class PlainStep(nn.Module):
 
     @torch.no_grad()
     def _encode(self, pixels_NCHW: Tensor) -> Tensor:
-        pooled_NF: Tensor = self.clip.encode_image(self.normalised(pixels_NCHW), normalize=True)
+        pooled_NF: Tensor = self.encoder.clip.encode_image(self.encoder.normalised(pixels_NCHW), normalize=True)
         return pooled_NF
 
 

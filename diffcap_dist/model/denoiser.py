@@ -154,8 +154,7 @@ class Denoiser(nn.Module):
             tokens_BSH = tokens_BSH + self.time_mlp(_sinusoids(t_B).to(x_BLD.dtype))[:, None]
         at_S = torch.arange(tokens_BSH.shape[1], device=x_BLD.device)
         at_S[L:] += self.max_length - L  # features keep their places
-        # Compiled code, and CUDA graphs all the more, want shapes that do not depend on the captions.
-        if mask_BS is None or self.length_head is None or torch.compiler.is_compiling():
+        if mask_BS is None or self.length_head is None:
             hidden_BSH = self.body(
                 inputs_embeds=tokens_BSH, attention_mask=mask_BS, position_ids=at_S[None]
             ).last_hidden_state

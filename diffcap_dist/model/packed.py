@@ -1,7 +1,8 @@
 """DistilBERT's transformer without padding: every layer sees the tokens that count, one behind the other.
 
 In: a body, token rows of unequal length and which tokens count. Out: hidden states in the same place. Only attention
-puts the tokens back into rows. Captions are about two thirds as long as the longest of their batch: so much less work.
+puts the tokens back into rows. Captions are about two thirds as long as the longest of their batch: so much less work,
+on a CPU; on a GPU the kernels that take tokens out and put them back cost more than that, up to 512 rows at least.
 
 Letters: B rows, S tokens a row, T tokens that count of all rows, H body width.
 """
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DistilBertModel
@@ -20,15 +22,24 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def hidden_states(
-    body: DistilBertModel, tokens_BSH: Tensor, counts_BS: Tensor, sees: Tensor, position_S: Tensor
+    body: DistilBertModel,
+    tokens_BSH: Tensor,
+    counts_BS: Tensor,
+    sees: Tensor,
+    position_S: Tensor,
+    pack: bool | None = None,
 ) -> Tensor:
-    """hidden_BSH; zeros where ``counts_BS`` is False. ``sees``, a mask of booleans that broadcasts to (B, heads, S, S),
-    says which tokens a token attends to; it has to leave out those that don't count."""
+    """hidden_BSH; it means nothing where ``counts_BS`` is False. ``sees``, a mask of booleans that broadcasts to (B,
+    heads, S, S), says which tokens a token attends to; it has to leave out those that don't count. ``pack``: whether
+    these are taken out; if not said, where it saves time. Compiled code wants shapes that don't depend on captions."""
     B, S, H = tokens_BSH.shape
-    at_T = counts_BS.flatten().nonzero().squeeze(1)
+    if pack is None:
+        pack = not tokens_BSH.is_cuda and not torch.compiler.is_compiling()
+    at_T = counts_BS.flatten().nonzero().squeeze(1) if pack else slice(None)
 
     def in_rows(x_TH: Tensor) -> Tensor:
-        return x_TH.new_zeros(B * S, H).index_copy(0, at_T, x_TH).view(B, S, H)
+        rows = x_TH.new_zeros(B * S, H).index_copy(0, at_T, x_TH) if isinstance(at_T, Tensor) else x_TH
+        return rows.view(B, S, H)
 
     def attend(heads: int, dropout: float, *query_key_value: Tensor) -> Tensor:
         query, key, value = (in_rows(x_TH).unflatten(-1, (heads, -1)).transpose(1, 2) for x_TH in query_key_value)

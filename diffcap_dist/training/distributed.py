@@ -76,7 +76,8 @@ def init_ranks(stall_seconds: float = 0) -> Ranks:
     if not dist.is_initialized():
         # One process meets nobody: a free port that two runs find at once is then taken by neither.
         alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world_size == 1 else {}
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, **alone)
+        of_gpu: dict[str, Any] = {"device_id": device} if on_gpu else {}  # else NCCL guesses at the first barrier
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, **alone, **of_gpu)
     return Ranks(int(os.environ["RANK"]), local_rank, world_size, device)
 
 
