@@ -13,7 +13,14 @@ from torch.nn import functional as F
 
 from diffcap_dist.config import DiffusionConfig, ModelConfig
 from diffcap_dist.diffusion import objective as module
-from diffcap_dist.diffusion.objective import DiffusionObjective, Draws, position_noise, restore_loss, rounding_loss
+from diffcap_dist.diffusion.objective import (
+    DiffusionObjective,
+    Draws,
+    position_noise,
+    restore_loss,
+    rounding_loss,
+    splitmix64,
+)
 from diffcap_dist.model.denoiser import Denoiser, ImageFeatures, resultant_length
 
 L, V, N = 6, 40, 3
@@ -185,11 +192,38 @@ def test_times_cover_the_interval_evenly() -> None:
     assert gaps.max() < 4 / 256  # independent uniform draws would leave about 6 / 256
 
 
-def test_noise_is_standard_normal_and_differs() -> None:
-    noise = position_noise(0, "noise", list(range(200)), (6, 24), CPU)
-    assert abs(noise.mean().item()) < 0.02 and abs(noise.std().item() - 1) < 0.02
-    assert not torch.equal(noise[0], noise[1])
-    assert not torch.equal(noise[0], position_noise(0, "other", [0], (6, 24), CPU)[0])
+@pytest.mark.parametrize("device", [CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])])
+def test_noise_is_standard_normal_and_differs(device: torch.device) -> None:
+    """In each place and in each row: their share below a level (the masks are made of that), and no correlation."""
+    noise_NI = position_noise(0, "noise", list(range(4000)), (7, 9), device).cpu().flatten(1)
+    assert noise_NI.shape == (4000, 63) and noise_NI.dtype == torch.float32 and noise_NI.isfinite().all()
+    for level in (-2.0, -1.0, 0.0, 0.5, 1.5):
+        share = torch.special.ndtr(torch.tensor(level)).item()
+        error = (share * (1 - share)) ** 0.5
+        assert abs((noise_NI < level).double().mean().item() - share) < 4 * error / noise_NI.numel() ** 0.5
+        for axis in (0, 1):  # five deviations: 63 and 4,000 shares
+            off = ((noise_NI < level).double().mean(axis) - share).abs().max().item()
+            assert off < 5 * error / noise_NI.shape[axis] ** 0.5
+    correlation = torch.corrcoef(noise_NI.T) - torch.eye(63)
+    assert correlation.abs().max() < 5 / 4000**0.5
+    rows = torch.corrcoef(noise_NI[:200]) - torch.eye(200)
+    assert rows.abs().max() < 5.5 / 63**0.5
+    other_NI = position_noise(0, "other", list(range(4000)), (7, 9), device).cpu().flatten(1)
+    assert abs((noise_NI * other_NI).mean().item()) < 4 / noise_NI.numel() ** 0.5
+    torch.testing.assert_close(noise_NI, position_noise(0, "noise", list(range(4000)), (63,), CPU))
+
+
+def test_splitmix64_is_the_published_one() -> None:
+    """The first numbers from seed 1234567, as in the reference lists of its implementations."""
+    expected = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    got = splitmix64(torch.tensor(1234567), torch.arange(1, 6)).tolist()
+    assert [number % (1 << 64) for number in got] == expected
 
 
 # ---- the denoiser ----
