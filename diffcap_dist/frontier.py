@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "commit": code_commit(),
         "settings": args.settings,
         "precision": points[0].captioner.config.sampler.precision,
-        "compiled": points[0].captioner.config.sampler.compile,
+        "compiled": any(point.captioner.config.sampler.compile for point in points),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         "points": [point.record(photos) for point in points],
@@ -124,7 +124,10 @@ def measure(args: argparse.Namespace, ranks: distributed.Ranks) -> tuple[list[Po
     """All points, timed and scored, and the number of photos. ValueError where the runs are not of one dataset."""
     points, datasets, batches, rows = [], set(), [], None
     for path in args.runs:
-        captioner, encoder = load_run(RunDir(path), ["sampler.candidates=1", *args.settings], ranks)
+        settings = ["sampler.candidates=1", *args.settings]
+        if RunDir(path).load_config().kind == "autoregressive":  # would refuse it
+            settings = [word for word in settings if not word.startswith("sampler.compile=")]
+        captioner, encoder = load_run(RunDir(path), settings, ranks)
         data = captioner.config.data
         datasets.add((data.shards, data.features, captioner.config.encoder.patches))
         if len(datasets) > 1:
