@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import make_shards, stream, stream_readers, train_step
+from benchmarks import make_shards, padding, stream, stream_readers, train_step
 from benchmarks.stream_environments import NotInstalled
 from benchmarks.train_step import SIZES, Batch, build, check_same_loss, main, peak_bytes, peaks_apart, write_clip
 from diffcap_dist.diffusion import objective
@@ -47,6 +47,22 @@ def test_both_steps_give_the_same_loss_and_gradients(
     not_dropped = gradients["ours"].pop("no_image")  # the published model has no vector for a hidden photo
     assert not not_dropped.any()
     torch.testing.assert_close(gradients["ours"], gradients[variant], rtol=1e-4, atol=1e-6)
+
+
+def test_padding_compares_what_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "padding.json"
+    small = ["--width", "64", "--layers", "1", "--rows", "3,4", "--rounds", "2", "--device", "cpu"]
+    assert padding.main([*small, "--out", str(out)]) == 0
+    found = json.loads(out.read_text())["rows"]
+    assert found.keys() == {"3", "4"} and found["3"].keys() == {"transformers", "packed", "whole rows"}
+    assert all(milliseconds > 0 for way in found["4"].values() for milliseconds in way.values())
+    assert capsys.readouterr().out.count("transformers / ours: packed ") == 4
+    hidden_states = padding.packed.hidden_states
+    monkeypatch.setattr(padding.packed, "hidden_states", lambda *given: 1.001 * hidden_states(*given))
+    with pytest.raises(ValueError, match="packed: hidden states are 1"):
+        padding.main(small)
 
 
 def test_different_losses_are_refused(clip_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
