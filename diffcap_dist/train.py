@@ -157,6 +157,7 @@ class Trainer:
             log.info("already trained to step %d; nothing to do", self.state.step)
             return
         batches = iter(self.stream)
+        skipped = self.engine.skipped_steps
         started = time.perf_counter() - self.state.seconds
         with self._progress_bar() as bar, Watchdog(training.stall_seconds, self.ranks) as watchdog:
             while self.state.step < training.num_steps and not self.state.early_stopped:
@@ -167,6 +168,9 @@ class Trainer:
                 self.state.seconds = time.perf_counter() - started
                 stopped_by = self._agree_to_go_on(terms, damages, bar)
                 self._follow_losses(terms)
+                if self.engine.skipped_steps > skipped:
+                    skipped = self.engine.skipped_steps
+                    self._say_skipped(bar)
                 step, last = self.state.step, self.state.step == training.num_steps
                 if step % training.log_every == 0 or last:
                     self.metrics.training(self.state, terms, grad_norm, self._rate(step - 1), bar)
@@ -257,6 +261,17 @@ class Trainer:
             f"line of {self.run_dir.metrics}. The last checkpoint in {self.run_dir.checkpoints} is good; lower "
             "optimizer.learning_rate or optimizer.max_grad_norm, or set training.precision=fp32"
         )
+
+    def _say_skipped(self, bar: tqdm) -> None:
+        """DeepSpeed leaves the weights alone where a gradient in bf16 is not finite (ZeRO 1-3), and says nothing."""
+        if self.ranks.is_first:
+            first, last = self.state.samples_seen - self.split.total, self.state.samples_seen - 1
+            self.run_dir.log({"kind": "skipped", "step": self.state.step, "positions": [first, last]})
+            bar.write(
+                f"step {self.state.step} changed no weight: its gradient is not finite, though its loss is; samples at "
+                f"positions {first} to {last} of the order. If that goes on, lower optimizer.learning_rate or set "
+                "training.precision=fp32"
+            )
 
     def _follow_losses(self, terms: dict[str, float]) -> None:
         """What depends on the losses of all ranks: the paper's dynamic lambda, and its early stop."""

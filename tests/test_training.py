@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,7 +18,9 @@ import pytest
 import torch
 from torch import nn
 
-from diffcap_dist.config import OptimizerConfig, TrainingConfig
+from diffcap_dist.config import OptimizerConfig, TrainingConfig, load_config
+from diffcap_dist.run_dir import RunDir
+from diffcap_dist.train import Trainer
 from diffcap_dist.training import checkpoint, distributed
 from diffcap_dist.training.distributed import Ranks
 from diffcap_dist.training.ema import EMA
@@ -281,6 +284,26 @@ def caught(status: str, number: signal.Signals) -> bool:
     """By /proc/PID/status: whether the process has a handler for it."""
     mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
     return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+def test_a_step_that_changes_no_weight_is_said(
+    tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In bf16 DeepSpeed passes over gradients that are not finite: here step 3's."""
+    run = RunDir(tmp_path / "run")
+    words = [f"run_dir={run.root}", "training.precision=bf16", "training.zero_stage=1", "training.num_steps=4"]
+    ranks = distributed.init_ranks()
+    try:
+        trainer = Trainer(load_config(tiny_config, words), ranks)
+        parameter = next(p for p in trainer.objective.network.body.parameters() if p.requires_grad)
+        parameter.register_hook(lambda gradient: gradient * math.nan if trainer.state.step == 2 else gradient)
+        before = parameter.detach().clone()
+        trainer.train()
+    finally:
+        distributed.finish()
+    assert [(r["step"], r["positions"]) for r in run.read_metrics() if r["kind"] == "skipped"] == [(3, [32, 47])]
+    assert "step 3 changed no weight" in capsys.readouterr().out
+    assert parameter.isfinite().all() and not torch.equal(parameter, before)
 
 
 def test_one_process_needs_no_port() -> None:
