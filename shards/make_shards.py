@@ -258,7 +258,7 @@ def run_urls(arguments: argparse.Namespace) -> int:
 
 
 def run_between(arguments: argparse.Namespace) -> int:
-    from shards import features
+    from shards import feature_import
     from shards.between import between
 
     if "://" in arguments.out:
@@ -267,7 +267,7 @@ def run_between(arguments: argparse.Namespace) -> int:
     if _write(source, arguments).index is not None:
         photo_ids = [sample.photo_id for sample in source.samples]
         how = f"between photos of {arguments.directory.name}"
-        _report_features(features.import_array(Path(arguments.out), info, photo_ids, points_PF, how))
+        _report_features(feature_import.import_array(Path(arguments.out), info, photo_ids, points_PF, how))
     return 0
 
 
@@ -286,13 +286,13 @@ def _given_of(arguments: argparse.Namespace, prefix: str = "") -> Given:
 
 def _write_and_import(source: Source, arguments: argparse.Namespace) -> None:
     """The dataset and, where the user gave them, its features."""
-    from shards import features
+    from shards import feature_import
 
     if arguments.npz is not None and "://" in arguments.out:
         raise ValueError("--npz imports features into a local folder: make the dataset there, then copy it")
     if _write(source, arguments).index is not None and arguments.npz is not None:
-        name = features.name_from_file(arguments.npz)
-        _report_features(features.import_npz(Path(arguments.out), arguments.npz, name))
+        name = feature_import.name_from_file(arguments.npz)
+        _report_features(feature_import.import_npz(Path(arguments.out), arguments.npz, name))
 
 
 def _write(source: Source, arguments: argparse.Namespace) -> Written:
@@ -328,12 +328,12 @@ def run_index(arguments: argparse.Namespace) -> int:
 
 
 def run_features(arguments: argparse.Namespace) -> int:
-    from shards import features
+    from shards import feature_encoding, feature_import
 
     if arguments.encoder is not None:
         if arguments.name is not None:
             raise ValueError("--name goes with --npz and --npy-dir; computed features are called after their encoder")
-        made = features.compute(
+        made = feature_encoding.compute(
             arguments.directory,
             arguments.encoder,
             arguments.pretrained,
@@ -345,11 +345,11 @@ def run_features(arguments: argparse.Namespace) -> int:
         if arguments.patches or arguments.pretrained or arguments.workers is not None or arguments.part != (0, 1):
             raise ValueError("--patches, --pretrained, --workers and --part go with --encoder")
         folder, npz = arguments.npy_dir, arguments.npz
-        name = arguments.name or features.name_from_file(npz or folder)
+        name = arguments.name or feature_import.name_from_file(npz or folder)
         if npz is not None:
-            made = features.import_npz(arguments.directory, npz, name)
+            made = feature_import.import_npz(arguments.directory, npz, name)
         else:
-            made = features.import_npy_dir(arguments.directory, folder, name)
+            made = feature_import.import_npy_dir(arguments.directory, folder, name)
     _report_features(made)
     return 0
 

@@ -26,8 +26,9 @@ from PIL import Image
 
 from diffcap_dist.data.photo import decode_photo
 from diffcap_dist.data.shard_format import ShardIndex, open_shard
-from shards import features
-from shards.features import compute, import_npy_dir, import_npz
+from shards import feature_import, features
+from shards.feature_encoding import compute
+from shards.feature_import import import_npy_dir, import_npz
 from shards.output import Folder
 from shards.verification import _features_of, verify
 from shards.writer import RawSample, ShardSettings, Source, write_dataset
@@ -158,13 +159,13 @@ def test_one_shards_features_at_a_time(dataset: Path, monkeypatch: pytest.Monkey
     """Rows are read in the order of the shards, and each shard is written before the next is read."""
     folder = saved_npy_dir(dataset.parent / "npy", FITTING_NF)
     events: list[str] = []
-    read, write = features._read_npy, features.atomic_write
+    read, write = feature_import._read_npy, features.atomic_write
 
     def noted_write(path: Path, data: bytes) -> None:
         events.append("write")
         write(path, data)
 
-    monkeypatch.setattr(features, "_read_npy", lambda path: events.append("read") or read(path))
+    monkeypatch.setattr(feature_import, "_read_npy", lambda path: events.append("read") or read(path))
     monkeypatch.setattr(features, "atomic_write", noted_write)
     import_npy_dir(dataset, folder, "fits")
     assert events == ["read"] + (["read"] * 50 + ["write"]) * 6
@@ -489,7 +490,7 @@ def test_a_number_of_workers_that_is_none(photos: Path) -> None:
 
 # ---- computed, in several processes ----
 
-COMPUTE = "import sys; from pathlib import Path; from shards.features import compute"
+COMPUTE = "import sys; from pathlib import Path; from shards.feature_encoding import compute"
 
 
 def noisy_photo(number: int) -> bytes:
@@ -576,6 +577,6 @@ def test_a_shard_is_verified_with_its_own_feature_files_only(dataset: Path, tmp_
 
 def test_two_runs_do_not_write_the_same_features_at_once(dataset: Path, tmp_path: Path) -> None:
     npz = saved_npz(tmp_path / "f.npz")
-    with features._alone(dataset, "f"), pytest.raises(ValueError, match="another run is writing"):
+    with features.alone(dataset, "f"), pytest.raises(ValueError, match="another run is writing"):
         import_npz(dataset, npz, "f")
     assert import_npz(dataset, npz, "f").alignment is not None
