@@ -8,10 +8,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = {
-    0: ["config", "run_dir", "data.shard_format", "data.photo", "data.pixels"],
+    0: ["config", "run_dir", "data.shard_format", "data.fetching", "data.photo", "data.pixels"],
     1: [
         "sweep_dir",
-        "data.order", "data.captions", "data.augmentation", "data.shard_store",
+        "data.order", "data.captions", "data.augmentation", "data.shard_cache", "data.shard_store",
         "model.packed", "model.denoiser", "model.autoregressive", "model.image_encoder", "diffusion.schedule",
         "training.distributed", "training.ema", "training.learning_rate", "training.preemption",
         "evaluation.scores", "evaluation.protocol", "evaluation.scene_facts", "evaluation.text_statistics",
@@ -34,6 +34,7 @@ WITHIN_A_LAYER = {
     ("run_dir", "config"),
     ("data.pixels", "data.photo"),
     ("data.augmentation", "data.order"),
+    ("data.shard_store", "data.shard_cache"),
     ("model.denoiser", "model.packed"),
     ("model.autoregressive", "model.packed"),
     ("model.autoregressive", "model.denoiser"),

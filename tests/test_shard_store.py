@@ -30,9 +30,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffcap_dist.data import shard_store
+from diffcap_dist.data import fetching, shard_cache, shard_store
+from diffcap_dist.data.fetching import ShardUnavailable
 from diffcap_dist.data.shard_format import FeatureInfo, Shard, ShardDamage, ShardIndex, file_sha256, open_shard
-from diffcap_dist.data.shard_store import ShardStore, ShardUnavailable
+from diffcap_dist.data.shard_store import ShardStore
 from shards.foreign import index_tars
 from shards.output import output_at
 from shards.writer import RawSample, ShardSettings, Source, write_dataset
@@ -159,8 +160,8 @@ def server(dataset: Path) -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_store, "BACKOFF_SECONDS", 0.02)
-    monkeypatch.setattr(shard_store, "STALL_SECONDS", 5.0)
+    monkeypatch.setattr(fetching, "BACKOFF_SECONDS", 0.02)
+    monkeypatch.setattr(fetching, "STALL_SECONDS", 5.0)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
@@ -256,7 +257,7 @@ def test_a_place_in_memory_and_one_that_is_unknown(dataset: Path, cache: Path) -
 def test_an_object_store(dataset: Path, cache: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import boto3
 
-    monkeypatch.setattr(shard_store, "STALL_SECONDS", 20.0)
+    monkeypatch.setattr(fetching, "STALL_SECONDS", 20.0)
     client, name = boto3.client("s3"), bucket.removeprefix("s3://")
     for path in dataset.iterdir():
         client.upload_file(str(path), name, f"sets/{path.name}")
@@ -296,7 +297,7 @@ def test_what_passes_is_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if "stall" in faults:
-        monkeypatch.setattr(shard_store, "STALL_SECONDS", 0.5)
+        monkeypatch.setattr(fetching, "STALL_SECONDS", 0.5)
     server.ranges, server.faults[TAR] = ranges, list(faults)
     server.faults["/index.json"], server.faults["/train-000000.idx.npz"] = ["503", "reset"], ["reset", "changed"]
     store = ShardStore(server.url, cache, deadline_seconds=10)
@@ -342,14 +343,14 @@ def test_what_stays_is_a_clear_error_in_time(
 
 def test_an_attempt_cut_short_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last one has no time for an answer: what the others were told is said."""
-    failures = [shard_store._Failure("HTTP 503"), shard_store._OutOfTime("no byte came for 0.0 s")]
-    monkeypatch.setattr(shard_store, "_backoff", lambda place, attempt: 0.0 if attempt == 1 else 9.0)
+    failures = [fetching.Failure("HTTP 503"), fetching.OutOfTime("no byte came for 0.0 s")]
+    monkeypatch.setattr(fetching, "backoff", lambda place, attempt: 0.0 if attempt == 1 else 9.0)
 
     def once() -> None:
         raise failures.pop(0)
 
     with pytest.raises(ShardUnavailable, match=r"fetched: HTTP 503\. Given up after 2 attempts"):
-        shard_store._retried("http://x", shard_store._Deadline(5.0), once)
+        fetching.retried("http://x", fetching.Deadline(5.0), once)
 
 
 def test_no_server_no_dataset_no_index(server: Server, cache: Path, tmp_path: Path) -> None:
@@ -395,7 +396,7 @@ def test_a_full_disk(server: Server, dataset: Path, cache: Path, monkeypatch: py
     store = ShardStore(server.url, cache, deadline_seconds=5)
     first, second, _ = store.index.shards
     read = contents(store.open(first))
-    count, full = shard_store._Part._count, [True]
+    count, full = shard_cache.Part._count, [True]
 
     def write_to_a_full_disk(part: Any, data: bytes) -> None:
         if full[0] or (cache / f"{first.sha256}.tar").exists():
@@ -406,7 +407,7 @@ def test_a_full_disk(server: Server, dataset: Path, cache: Path, monkeypatch: py
         with part._room_on_disk():
             write_to_a_full_disk(part, data)
 
-    monkeypatch.setattr(shard_store._Part, "_count", counted_in_room)
+    monkeypatch.setattr(shard_cache.Part, "_count", counted_in_room)
     full[0] = False
     assert contents(store.open(second)) == expected(dataset, 1)
     assert f"{first.sha256}.tar" not in names(cache)
@@ -466,7 +467,7 @@ def test_a_dead_parents_lock_is_not_held_by_its_child(server: Server, dataset: P
     server.slow = 0.1
     store.prefetch(store.index.shards[:1])
     wait_until(lambda: any(cache.glob("part-*.tar")))
-    held = set(shard_store._held)
+    held = set(shard_cache._held)
     assert held
     child = in_process(time.sleep, 30)
     wait_until(lambda: not any("lock-" in link for link in links_of(child.pid)))
@@ -694,11 +695,11 @@ def test_the_lock_of_a_deleted_file_keeps_nobody_out(
 
     with monkeypatch.context() as patch:
         patch.setattr(fcntl, "flock", after_an_eviction)
-        assert shard_store._try_lock(path, fcntl.LOCK_EX) is None
-    held = shard_store._try_lock(path, fcntl.LOCK_EX)
-    assert held is not None and shard_store._try_lock(path, fcntl.LOCK_SH) is None
-    shard_store._unlock(held)
-    assert not shard_store._held
+        assert shard_cache._try_lock(path, fcntl.LOCK_EX) is None
+    held = shard_cache._try_lock(path, fcntl.LOCK_EX)
+    assert held is not None and shard_cache._try_lock(path, fcntl.LOCK_SH) is None
+    shard_cache._unlock(held)
+    assert not shard_cache._held
 
 
 def test_where_the_cache_is(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
