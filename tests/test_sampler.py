@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from diffcap_dist.diffusion.sampler import ddim, unmask, x0_feedback
+from diffcap_dist.diffusion.sampler import ddim, unmask, words_to_write, x0_feedback
 from diffcap_dist.diffusion.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule("cosine", 2.0)
@@ -136,6 +140,39 @@ def test_the_most_confident_words_are_written_first() -> None:
     unmask(certain(words, confidence, seen), torch.zeros(1, 4).long(), torch.ones(1, 4, dtype=torch.bool), MASK, 4)
     M = MASK
     assert [ids.tolist()[0] for ids in seen] == [[M, M, M, M], [M, 2, M, M], [M, 2, M, 4], [M, 2, 3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("confidence", "steps", "written"),
+    [
+        ([0.95, 0.96, 0.5, 0.97, 0.6], 3, [3, 1, 1]),  # the sure ones together; a word is left for each step to come
+        ([0.95, 0.96, 0.92, 0.97, 0.98], 3, [3, 1, 1]),
+        ([0.5, 0.6, 0.7, 0.8, 0.85], 3, [1, 2, 2]),  # none is sure: the last steps, which see most, write two
+        ([0.5, 0.6, 0.95, 0.8, 0.85], 2, [2, 3]),
+        ([0.95, 0.6], 7, [1, 1]),  # one a step, and no step more than there are words
+        ([0.5, 0.6, 0.7, 0.8], 1, [4]),
+    ],
+)
+def test_how_many_words_a_step_writes(confidence: list[float], steps: int, written: list[int]) -> None:
+    seen: list[Tensor] = []
+    words = torch.arange(len(confidence))[None]
+    open_BL = torch.ones_like(words, dtype=torch.bool)
+    ids = unmask(certain(words, torch.tensor([confidence]), seen), words * 0, open_BL, MASK, steps, revise=False)
+    masked = [int((ids == MASK).sum()) for ids in seen] + [0]
+    assert [before - after for before, after in itertools.pairwise(masked)] == written
+    assert torch.equal(ids, words)
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 40))
+def test_every_word_is_written_in_time(words: int, sure: int, steps: int) -> None:
+    """However sure they are: no step writes nothing before the last word, and none is left after the last step."""
+    left = torch.tensor([[words]])
+    for step in range(steps):
+        now = words_to_write(left, left.clamp(max=sure), steps - step)
+        assert 0 <= now <= left and (now > 0) == (left > 0)
+        assert left - now >= min(steps - step, left) - 1 or left == 0  # something is there for the steps to come
+        left = left - now
+    assert left == 0
 
 
 @pytest.mark.parametrize("revise", [True, False])

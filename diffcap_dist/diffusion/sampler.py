@@ -21,6 +21,8 @@ OnStep = Callable[[int, float, Tensor], None]
 Noise = Callable[[int], Tensor]
 Predict = Callable[[Tensor, Tensor, float], Tensor]
 
+SURE = 0.9  # of a word's probability; 0.7 to 0.99 make no difference that is more than one of seeds
+
 
 def ddim(
     denoise: Denoise,
@@ -89,7 +91,8 @@ def unmask(
     on_step: Callable[[int, float, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Absorbing-state diffusion backwards: all ``open_BL`` positions begin as ``mask_id``; each step writes words there
-    and leaves, of each row, the share 1 - step / steps of least confidence masked.
+    and leaves those of least confidence masked, as many of each row as ``words_to_write`` leaves. It ends early where
+    a row has fewer words than there are steps.
 
     ``revise``: words written earlier can be masked again (mask-predict: Ghazvininejad et al. 2019, arXiv:1904.09324);
     else a word stays once it has stayed (MaskGIT: Chang et al. 2022, arXiv:2202.04200). ``choice(step)`` is added to
@@ -101,8 +104,9 @@ def unmask(
         raise ValueError(f"num_inference_steps is {num_inference_steps}; at least 1 is needed")
     masked_BL = open_BL
     confidence_BL = torch.ones(ids_BL.shape, device=ids_BL.device)
-    open_B1 = open_BL.sum(-1, keepdim=True)
     for step in range(num_inference_steps):
+        if not masked_BL.any():
+            break
         t = 1.0 - step / num_inference_steps
         logits_TV = predict(ids_BL.masked_fill(masked_BL, mask_id), masked_BL, t).float()
         drawn_T = (logits_TV if choice is None else logits_TV + choice(step)[masked_BL]).argmax(-1)
@@ -113,8 +117,23 @@ def unmask(
         confidence_BL = confidence_BL.masked_scatter(masked_BL, (drawn_logits_T - logits_TV.logsumexp(-1)).exp())
         if on_step is not None:
             on_step(step, t, ids_BL, confidence_BL)
-        left_B1 = (open_B1 * (1.0 - (step + 1) / num_inference_steps)).floor()
+        masked_B1, sure_B1 = (
+            some_BL.sum(-1, keepdim=True) for some_BL in (masked_BL, masked_BL & (confidence_BL > SURE))
+        )
+        left_B1 = masked_B1 - words_to_write(masked_B1, sure_B1, num_inference_steps - step)
         can_go_BL = open_BL if revise else masked_BL
         rank_BL = confidence_BL.masked_fill(~can_go_BL, math.inf).argsort(dim=-1, stable=True).argsort(-1)
         masked_BL = can_go_BL & (rank_BL < left_B1)
     return ids_BL
+
+
+def words_to_write(masked: Tensor, sure: Tensor, steps_left: int) -> Tensor:
+    """How many of the ``masked`` words of a row a step writes: one, or all that are ``sure`` as long as a word is left
+    for each of the steps to come, or what it takes to be done in time.
+
+    Two words of one step don't see each other. So where there are more words than steps, these wait for words that can
+    hardly be others, and else for the last steps, which see most.
+    """
+    at_least = (masked // steps_left).clamp(min=1)
+    at_most = (masked - steps_left + 1).clamp(min=1)
+    return sure.maximum(at_least).minimum(at_most).minimum(masked)
