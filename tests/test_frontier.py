@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,6 +15,7 @@ from diffcap_dist.data.captions import CaptionTokenizer
 from diffcap_dist.data.stream import ShardReader, all_records
 from diffcap_dist.diffusion.objective import build_network
 from diffcap_dist.evaluation.captioner import export_captioner
+from diffcap_dist.evaluation.trained_run import code_commit
 from diffcap_dist.frontier import as_svg
 from diffcap_dist.run_dir import RunDir
 
@@ -98,3 +100,28 @@ def test_more_curves_than_colours_are_told_apart() -> None:
     drawn = ElementTree.fromstring(as_svg({"points": points}))
     keys = [group.get("class") for group in drawn.findall("{*}g") if group.find("{*}text") is not None]
     assert len(keys) == len(set(keys)) == 11
+
+
+def test_the_commit_that_measures(tmp_path: Path) -> None:
+    """With a + where code is changed, not where tables were written into docs/; none of code that is in no checkout."""
+    code, table = tmp_path / "package" / "code.py", tmp_path / "docs" / "table.md"
+    for file in (code, table):
+        file.parent.mkdir()
+        file.write_text("one")
+    assert code_commit(code) is None
+
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=n", "-c", "user.email=e"]
+        return subprocess.run(["git", "-C", tmp_path, *who, *words], check=True, capture_output=True, text=True).stdout
+
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "m")
+    commit = git("rev-parse", "--short", "HEAD").strip()
+    table.write_text("two")
+    assert code_commit(code) == commit
+    code.write_text("two")
+    assert code_commit(code) == f"{commit}+"
+    unknown = code.with_name("unknown.py")
+    unknown.write_text("")
+    assert code_commit(unknown) is None

@@ -83,16 +83,18 @@ def caption_share(
     return captions, records
 
 
-def code_commit() -> str | None:
-    """The commit of the code that measures, with a + where files of it are changed; None where it is no checkout."""
+def code_commit(file: Path = Path(__file__)) -> str | None:
+    """The commit of the code that measures, which ``file`` is of, with a + where files of it are changed (not docs,
+    where tables are written); None where it is no checkout."""
 
     def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
+        command = ["git", "-C", str(file.parent), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", __file__)  # else: installed into a folder of somebody's own checkout
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        git("ls-files", "--error-unmatch", str(file))  # else: installed into a folder of somebody's own checkout
+        changed = git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)docs")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
