@@ -163,7 +163,7 @@ def position_noise(
     """Gaussian noise (len(positions), *shape); each row a function of (seed, purpose, its position) alone, the same on
     every device but for rounding.
 
-    All rows at once, since a generator seeded for each costs a GPU more than a training step does: SplitMix64 (Steele
+    All rows at once, since a generator seeded for each is a kernel's launch for each on a GPU: SplitMix64 (Steele
     et al. 2014) from the row's ``draw``, two normals of each of its numbers (Box & Muller 1958).
     """
     count = math.prod(shape)
