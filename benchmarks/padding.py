@@ -4,7 +4,7 @@ In: DistilBERT's body at a size, rows of captions of unequal length with a photo
 number of rows the time of a forward pass and of forward and backward, as ratios transformers / ours, so above 1 is in
 our favour; medians, all timed in turn in one process.
 
-    python benchmarks/padding.py --rows 64,512
+    python -m benchmarks.padding --rows 64,512
 """
 
 from __future__ import annotations

@@ -263,7 +263,7 @@ class Trainer:
         )
 
     def _say_skipped(self, bar: tqdm) -> None:
-        """DeepSpeed leaves the weights alone where a gradient in bf16 is not finite (ZeRO 1-3), and says nothing."""
+        """Above ZeRO 0 DeepSpeed leaves the weights alone where a gradient in bf16 is not finite, and only warns."""
         if self.ranks.is_first:
             first, last = self.state.samples_seen - self.split.total, self.state.samples_seen - 1
             self.run_dir.log({"kind": "skipped", "step": self.state.step, "positions": [first, last]})

@@ -19,6 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+# Of SplitMix64 (Steele et al. 2014): what a state rises by, and (shift, multiplier) of its mixing.
+GAMMA = 0x9E3779B97F4A7C15
+MIXING = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+LAST_SHIFT = 31
 _MASK = (1 << 64) - 1
 
 
@@ -29,10 +33,10 @@ def draw(seed: int, purpose: str, *numbers: int) -> int:
     """
     state = _purpose_key(purpose) ^ (seed & _MASK)
     for number in (0, *numbers):
-        state = (state + 0x9E3779B97F4A7C15 + (number & _MASK)) & _MASK
-        z = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-        state = z ^ (z >> 31)
+        z = (state + GAMMA + (number & _MASK)) & _MASK
+        for shift, multiplier in MIXING:
+            z = ((z ^ (z >> shift)) * multiplier) & _MASK
+        state = z ^ (z >> LAST_SHIFT)
     return state >> 1
 
 

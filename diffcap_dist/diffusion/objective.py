@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from diffcap_dist.config import Config, DiffusionConfig
-from diffcap_dist.data.order import draw, draw_uniform
+from diffcap_dist.data.order import GAMMA, LAST_SHIFT, MIXING, draw, draw_uniform
 from diffcap_dist.diffusion.schedule import NoiseSchedule
 from diffcap_dist.model.autoregressive import AutoregressiveModel
 from diffcap_dist.model.denoiser import Denoiser, ImageFeatures, TextGuide
@@ -177,11 +177,11 @@ def position_noise(
 
 def splitmix64(state: Tensor, number: Tensor) -> Tensor:
     """The 64 bits (an int64) that SplitMix64 gives as its ``number``-th, from 1, beginning at ``state``."""
-    z = state + number * (0x9E3779B97F4A7C15 - (1 << 64))
-    for shift, multiplier in ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64))):
+    z = state + number * (GAMMA - (1 << 64))
+    for shift, multiplier in MIXING:
         z ^= z >> shift & ((1 << 64 - shift) - 1)  # >> alone would shift the sign in
-        z *= multiplier
-    z ^= z >> 31 & ((1 << 33) - 1)
+        z *= multiplier - (1 << 64)
+    z ^= z >> LAST_SHIFT & ((1 << 64 - LAST_SHIFT) - 1)
     return z
 
 

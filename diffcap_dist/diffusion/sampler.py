@@ -92,7 +92,7 @@ def unmask(
 ) -> Tensor:
     """Absorbing-state diffusion backwards: all ``open_BL`` positions begin as ``mask_id``; each step writes words there
     and leaves those of least confidence masked, as many of each row as ``words_to_write`` leaves. It ends early where
-    a row has fewer words than there are steps.
+    every row has fewer words than there are steps.
 
     ``revise``: words written earlier can be masked again (mask-predict: Ghazvininejad et al. 2019, arXiv:1904.09324);
     else a word stays once it has stayed (MaskGIT: Chang et al. 2022, arXiv:2202.04200). ``choice(step)`` is added to
