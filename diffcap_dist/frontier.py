@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--photos", type=int, default=256, help="of the test split (default 256)")
     parser.add_argument("--rounds", type=int, default=3, help="how often each is timed; the median counts (default 3)")
     parser.add_argument("--batch-size", type=int, default=64, help="photos at a time (default 64)")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # words behind the options too
     args.runs = [Path(word) for word in args.words if "=" not in word]
     args.settings = [word for word in args.words if "=" in word]
     for word in args.settings:

@@ -68,7 +68,7 @@ def test_all_kinds_beside_each_other(runs: list[Path], tmp_path: Path, capsys: p
     assert {name: same[name] for name in ("bleu_4", "cider_d", "scene_accuracy")} == {
         name: scores[name] for name in ("bleu_4", "cider_d", "scene_accuracy")
     }
-    assert diffcap.main(["frontier", str(runs[1]), "sampler.precision=bf16", *words[:-4], "--rounds", "1"]) == 0
+    assert diffcap.main(["frontier", str(runs[1]), *words[:-4], "--rounds", "1", "sampler.precision=bf16"]) == 0
     assert ", bf16; medians" in (out / "frontier.md").read_text()
     assert diffcap.main(["frontier", str(runs[2]), "sampler.compile=true", *words[:-4], "--rounds", "1"]) == 0
     assert "compiled" not in (out / "frontier.md").read_text()  # the control has nothing to compile
