@@ -96,6 +96,8 @@ class ModelConfig:
     # in training nothing attends to [PAD] (the paper's code), at inference everything; with length_head nothing ever
     mask_padding: bool = False
     length_head: bool = True  # the length is foretold from the photo; what is behind it is then given, not denoised
+    # a word is foretold where the one before it stands, as in the control, so that a control's weights fit (init_from)
+    shifted: bool = False
     text_token: bool = False  # in training the text feature of the true caption beside the image's (section 5.1)
 
 
@@ -128,6 +130,8 @@ class DiffusionConfig:
     text_drop_rate: float = 0.2  # p_uncond: share of captions whose text is left out there
     self_conditioning_rate: float = 0.5
     image_drop_rate: float = 0.0  # share of samples trained without their image, for sampler.guidance_scale
+    # S: so many captions of each photo are drawn, and those of higher CIDEr-D made likelier; a second stage (init_from)
+    reward_samples: int = 0
 
 
 @dataclass
@@ -280,7 +284,7 @@ def _conflicts(config: Config) -> list[str]:
 
 def _recipe_conflicts(config: Config) -> dict[str, bool]:
     """What does not fit between the model, its diffusion and its sampler: message -> whether it is so."""
-    model, diffusion, sampler = config.model, config.diffusion, config.sampler
+    model, diffusion, sampler, data = config.model, config.diffusion, config.sampler, config.data
     return {
         "all loss weights are zero: set diffusion.rounding_weight or diffusion.restore_weight": not (
             diffusion.rounding_weight or diffusion.restore_weight
@@ -291,6 +295,24 @@ def _recipe_conflicts(config: Config) -> dict[str, bool]:
         f"sampler.guidance_scale={sampler.guidance_scale} needs a model that was trained with "
         "diffusion.image_drop_rate > 0, e.g. 0.1": (
             sampler.guidance_scale != 1 and not diffusion.image_drop_rate and model.kind != "autoregressive"
+        ),
+        f"diffusion.reward_samples={diffusion.reward_samples}; 0, or at least 2 captions to compare": (
+            diffusion.reward_samples < 0 or diffusion.reward_samples == 1
+        ),
+        "diffusion.reward_samples > 0 is for masked diffusion that foretells lengths, one caption of a photo and one "
+        "timestep at a time: set diffusion.kind=masked, model.kind=denoiser, model.length_head=true, "
+        "data.captions_per_image=1, diffusion.timesteps_per_caption=1 and data.flip_rate=0": (
+            diffusion.reward_samples > 0
+            and (
+                (config.kind, model.length_head) != ("masked", True)
+                or (data.captions_per_image, diffusion.timesteps_per_caption, data.flip_rate) != (1, 1, 0)
+            )
+        ),
+        "model.shifted=true is for masked diffusion that foretells lengths: set diffusion.kind=masked, "
+        "model.length_head=true, model.fusion=concat and model.self_conditioning=false": (
+            model.shifted
+            and (config.kind, model.length_head, model.fusion, model.self_conditioning)
+            != ("masked", True, "concat", False)
         ),
         "diffusion.text_guidance > 0 and model.text_token=true go together": (
             (diffusion.text_guidance > 0) != model.text_token

@@ -337,7 +337,9 @@ class Chart:
 
 def charts(data: RunData) -> list[Chart]:
     second = "scene_accuracy" if any("scene_accuracy" in line for line in data.validation) else "cider_d"
-    terms = {name: points(data.training, name) for name in ("loss", "rounding", "restore", "first_step", "length")}
+    terms = {
+        name: points(data.training, name) for name in ("loss", "rounding", "restore", "first_step", "length", "reward")
+    }
     if terms["rounding"] == terms["loss"]:
         del terms["rounding"]  # the loss has that term only
     drawn = [

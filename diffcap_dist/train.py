@@ -28,14 +28,17 @@ from tqdm import tqdm
 
 from diffcap_dist.config import Config, load_config
 from diffcap_dist.data.captions import CaptionTokenizer
-from diffcap_dist.data.shard_format import ShardDamage
+from diffcap_dist.data.shard_format import ShardDamage, references_of
 from diffcap_dist.data.stream import Batch, CaptionStream, Damage, ShardReader, all_records
-from diffcap_dist.diffusion.objective import Draws, build_network, build_objective
+from diffcap_dist.diffusion.objective import Draws, Objective, build_network, build_objective
+from diffcap_dist.diffusion.reward import RewardObjective
 from diffcap_dist.diffusion.schedule import knots_of_losses
 from diffcap_dist.evaluation.captioner import Captioner, begin_with, export_captioner, feature_identity
+from diffcap_dist.evaluation.reward import CiderReward
 from diffcap_dist.evaluation.trained_run import code_commit
 from diffcap_dist.evaluation.validation import Validation
-from diffcap_dist.model.denoiser import ImageFeatures
+from diffcap_dist.model.autoregressive import AutoregressiveModel
+from diffcap_dist.model.denoiser import Denoiser, ImageFeatures
 from diffcap_dist.model.image_encoder import ImageEncoder, slug
 from diffcap_dist.run_dir import RunDir
 from diffcap_dist.training import checkpoint, distributed
@@ -54,6 +57,8 @@ from diffcap_dist.training.learning_rate import learning_rate
 from diffcap_dist.training.watchdog import Watchdog
 
 log = logging.getLogger("diffcap")
+
+REWARD_PHOTOS = 20_000  # about so many tell how rare an n-gram is
 
 
 class TooMuchDamage(RuntimeError):
@@ -111,7 +116,7 @@ class Trainer:
         tokenizer = self.data.tokenizer
         network = build_network(config, tokenizer.vocab_size, self.data.feature_widths)
         self.new_weights = begin_with(network, Path(config.model.init_from)) if config.model.init_from else []
-        self.objective = build_objective(network, config, tokenizer.pad_id, tokenizer.mask_id)
+        self.objective = self._objective(network)
         self.parameters = {
             "trainable": sum(p.numel() for p in self.objective.parameters() if p.requires_grad),
             "frozen": sum(p.numel() for p in self.objective.parameters() if not p.requires_grad)
@@ -147,6 +152,17 @@ class Trainer:
         self.stop = (stop or StopFlag()).install()
         self.metrics = Metrics(self.run_dir, ranks)
         self.step_keys: list[str] = []  # of this rank's samples of the step
+
+    def _objective(self, network: Denoiser | AutoregressiveModel) -> Objective:
+        config, tokenizer = self.config, self.data.tokenizer
+        if not config.diffusion.reward_samples:
+            return build_objective(network, config, tokenizer.pad_id, tokenizer.mask_id)
+        damages: list[ShardDamage] | None = [] if config.data.damage == "replace" else None
+        every = 1 + sum(self.data.train.counts) // REWARD_PHOTOS
+        records = all_records(self.data.train, damages, every)
+        reward = CiderReward(tokenizer, (references_of(record) for _, record in records))
+        special = (tokenizer.pad_id, tokenizer.mask_id, tokenizer.sep_id, tokenizer.special_ids)
+        return RewardObjective(network, config.diffusion, *special, reward)
 
     def train(self) -> None:
         """The loop: batches -> loss -> step -> log, validate, save when due."""
@@ -208,7 +224,8 @@ class Trainer:
             self.step_keys += batch.keys
             ids_NCL, draws = batch.ids_NCL.to(self.ranks.device), self._draws(batch, step)
             weight = self.state.rounding_weight
-            terms = self.engine(ids_NCL, self._features(batch), draws, self._text_features(batch), weight)
+            given = {"references": batch.references} if config.diffusion.reward_samples else {}
+            terms = self.engine(ids_NCL, self._features(batch), draws, self._text_features(batch), weight, **given)
             self.engine.backward(terms["loss"])
             self.engine.step()  # updates at the last micro batch only
             for name, term in terms.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from diffcap_dist.config import DiffusionConfig, ModelConfig
 from diffcap_dist.diffusion.objective import AutoregressiveObjective, Draws
 from diffcap_dist.model.autoregressive import AutoregressiveModel
-from diffcap_dist.model.denoiser import ImageFeatures
+from diffcap_dist.model.denoiser import Denoiser, ImageFeatures
 
 V, L, PAD, END = 7, 5, 0, 3
 MODEL = ModelConfig(kind="autoregressive", width=32, num_layers=2, num_heads=2, ffn_width=48, embedding_dim=24)
@@ -129,3 +130,26 @@ def test_the_loss_is_each_words_given_those_before() -> None:
         for i in range(2)
     ]
     torch.testing.assert_close(sum(parts) / 2, loss)  # however a batch is cut over ranks
+
+
+def test_a_shifted_denoiser_begins_as_the_control_whose_weights_it_has() -> None:
+    """Before any word, both see the begin and the photo alone; then the denoiser looks both ways."""
+    control = small_model(7)
+    torch.manual_seed(3)
+    config = dataclasses.replace(control.config, time_embedding=False, length_head=True)
+    denoiser = Denoiser(config, V, L, (10, 7))
+    missing = denoiser.load_state_dict(control.state_dict(), strict=False).missing_keys
+    assert {name.split(".")[0] for name in missing} == {"length_head"}
+    ids_BL, image = torch.randint(4, V, (2, L)), photos(7, 2)
+    nothing_BL = torch.zeros(2, L, dtype=torch.bool)
+    t_B = torch.ones(2)
+    first_BLD = denoiser(denoiser.embed(ids_BL), t_B, image, mask_BL=nothing_BL)
+    torch.testing.assert_close(first_BLD[:, 0], control(ids_BL, image, ~nothing_BL)[:, 0])
+    whole_BLD = denoiser(denoiser.embed(ids_BL), t_B, image, mask_BL=~nothing_BL)
+    other_BL = ids_BL.clone()
+    other_BL[:, -1] = ids_BL[:, -1] - 1
+    changed_BLD = denoiser(denoiser.embed(other_BL), t_B, image, mask_BL=~nothing_BL)
+    assert ((whole_BLD - changed_BLD).abs().amax(dim=-1) > 1e-5).all()  # every place sees the last word
+    cut_BLD = denoiser(denoiser.embed(ids_BL[:, :3]), t_B, image, mask_BL=~nothing_BL[:, :3])
+    padded_BL = torch.arange(L)[None].expand(2, -1) < 3
+    torch.testing.assert_close(cut_BLD, denoiser(denoiser.embed(ids_BL), t_B, image, mask_BL=padded_BL)[:, :3])

@@ -30,7 +30,7 @@ from diffcap_dist.data.augmentation import augmented, crop_at
 from diffcap_dist.data.captions import CaptionTokenizer
 from diffcap_dist.data.order import MixedOrder, Place, SampleOrder, draw, evaluation_positions, rank_positions
 from diffcap_dist.data.pixels import Crop
-from diffcap_dist.data.shard_format import FeatureInfo, Shard, ShardDamage
+from diffcap_dist.data.shard_format import FeatureInfo, Shard, ShardDamage, references_of
 from diffcap_dist.data.shard_store import ShardStore
 from diffcap_dist.training.preemption import reset_in_worker
 
@@ -57,6 +57,7 @@ class Batch(NamedTuple):
     positions: list[int]
     keys: list[str]
     captions: list[list[str]]  # C of each photo
+    references: list[list[str]]  # all that people wrote, as in the shard
     ids_NCL: Tensor
     images_NCHW: Tensor | None
     pooled_NF: Tensor | None
@@ -242,6 +243,7 @@ class _Positions(Dataset):
             list(positions),
             [photo.key for photo in photos],
             list(captions),
+            [references_of(photo.record) for photo in photos],
             torch.from_numpy(ids_BL).unflatten(0, (len(samples), -1)),
             _stack([photo.image_CHW for photo in photos]),
             _stack([photo.pooled_F for photo in photos]),
@@ -385,10 +387,15 @@ def evaluation_photos(
         yield reader.photo(shard, position - int(ends[shard] - reader.counts[shard]))
 
 
-def all_records(reader: ShardReader, damages: list[ShardDamage] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Key and record of every sample, in shard order. Damage is raised, or noted in ``damages`` where that is given."""
+def all_records(
+    reader: ShardReader, damages: list[ShardDamage] | None = None, every: int = 1
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Key and record of every sample, or of one in ``every``, in shard order. Damage is raised, or noted in ``damages``
+    where that is given."""
+    before = 0
     for shard, count in enumerate(reader.counts):
-        for sample in range(count):
+        first, before = -before % every, before + count
+        for sample in range(first, count, every):
             try:
                 yield reader.record(shard, sample)
             except ShardDamage as damage:

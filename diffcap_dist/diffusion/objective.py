@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffcap_dist.config import Config, DiffusionConfig
 from diffcap_dist.data.order import GAMMA, LAST_SHIFT, MIXING, draw, draw_uniform
+from diffcap_dist.diffusion.length import open_positions
 from diffcap_dist.diffusion.schedule import NoiseSchedule
 from diffcap_dist.model.autoregressive import AutoregressiveModel
 from diffcap_dist.model.denoiser import Denoiser, ImageFeatures, TextGuide
@@ -58,11 +59,6 @@ def rounding_loss(input_BLD: Tensor, table_VD: Tensor, ids_BL: Tensor, counted_B
     chunks = zip(tokens_TD.split(CHUNK_TOKENS), ids_T.split(CHUNK_TOKENS))
     sums = [checkpoint(_chunk_cross_entropy, tokens, table_VD, ids, use_reentrant=False) for tokens, ids in chunks]
     return torch.stack(sums).sum() / ids_T.numel()
-
-
-def open_positions(lengths_B1: Tensor, max_length: int) -> Tensor:
-    """open_BL: the words of captions of so many tokens, [SEP] (the last of them) and [PAD] left out."""
-    return torch.arange(max_length, device=lengths_B1.device)[None] < lengths_B1 - 1
 
 
 def _where_open(open_BL: Tensor | None, x_BLD: Tensor, known_BLD: Tensor) -> Tensor:

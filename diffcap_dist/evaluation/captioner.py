@@ -24,7 +24,8 @@ from torch import Tensor
 from diffcap_dist.config import Config, SamplerConfig, load_config, save_config
 from diffcap_dist.data.captions import CaptionTokenizer
 from diffcap_dist.data.shard_format import FeatureInfo, atomic_write
-from diffcap_dist.diffusion.objective import build_network, open_positions, position_noise
+from diffcap_dist.diffusion.length import Known, foretold_lengths
+from diffcap_dist.diffusion.objective import build_network, position_noise
 from diffcap_dist.diffusion.sampler import ddim, unmask, x0_feedback
 from diffcap_dist.diffusion.schedule import NoiseSchedule
 from diffcap_dist.evaluation.protocol import consensus, f1_similarity
@@ -76,7 +77,7 @@ class Captioner:
         return torch.nn.functional.pad(ids_BL, (0, unwritten), value=self.tokenizer.pad_id)
 
     def _denoised(
-        self, denoise: _GuidedDenoiser, noise: _PhotoNoise, known: _Known | None, drafts: list[list[Draft]] | None
+        self, denoise: _GuidedDenoiser, noise: _PhotoNoise, known: Known | None, drafts: list[list[Draft]] | None
     ) -> Tensor:
         """Continuous diffusion: Gaussian noise over the embeddings, denoised."""
         sampler = self.config.sampler
@@ -108,7 +109,7 @@ class Captioner:
         return ids_BL if known is None else known.put(ids_BL)
 
     def _unmasked(
-        self, denoise: _GuidedDenoiser, noise: _PhotoNoise, known: _Known | None, drafts: list[list[Draft]] | None
+        self, denoise: _GuidedDenoiser, noise: _PhotoNoise, known: Known | None, drafts: list[list[Draft]] | None
     ) -> Tensor:
         """Masked diffusion: words written in the order of their confidence."""
         sampler, mask_id, max_length = self.config.sampler, self.tokenizer.mask_id, self.config.data.max_length
@@ -116,7 +117,7 @@ class Captioner:
         ends = set() if known else {self.tokenizer.sep_id, self.tokenizer.pad_id}
         if known is None:
             everywhere_BL = torch.ones(rows, max_length, dtype=torch.bool, device=noise.like.device)
-            known = _Known(everywhere_BL, torch.full_like(everywhere_BL, mask_id, dtype=torch.long))
+            known = Known(everywhere_BL, torch.full_like(everywhere_BL, mask_id, dtype=torch.long))
         length = known.ids_BL.shape[1]
         never = torch.tensor(sorted(self.tokenizer.special_ids - ends), device=noise.like.device)
         previous_x0_BLD: Tensor | None = None
@@ -182,20 +183,11 @@ class Captioner:
                 self._record(drafts, position, 1 - position / network.max_length, seen_BL, torch.ones_like(seen_BL))
         return ids_BL
 
-    def _foretold(self, features: ImageFeatures) -> _Known:
-        """How long each candidate is to be: candidate c of C takes the (c + 1/2) / C quantile of the length head's
-        distribution, one candidate its median. As wide as the longest of them; compiled code is of one width."""
-        tokenizer, C = self.tokenizer, self.config.sampler.candidates
-        up_to_NL = self.network.length_logits(features).float().softmax(-1).cumsum(-1)
-        quantile_C = (torch.arange(C, device=up_to_NL.device) + 0.5) / C
-        lengths_NC = 1 + (up_to_NL[:, None] < quantile_C[None, :, None]).sum(-1).clamp(max=up_to_NL.shape[1] - 1)
-        lengths_B1 = lengths_NC.flatten()[:, None]
-        L = self.config.data.max_length if self.config.sampler.compile else int(lengths_B1.max())
-        open_BL = open_positions(lengths_B1, L)
-        ids_BL = torch.full_like(open_BL, tokenizer.pad_id, dtype=torch.long).scatter(
-            1, lengths_B1 - 1, tokenizer.sep_id
-        )
-        return _Known(open_BL, ids_BL, open_BL | (ids_BL == tokenizer.sep_id))
+    def _foretold(self, features: ImageFeatures) -> Known:
+        """How long each candidate is to be. As wide as the longest of them; compiled code is of one width."""
+        lengths_B1 = foretold_lengths(self.network.length_logits(features), self.config.sampler.candidates)
+        width = self.config.data.max_length if self.config.sampler.compile else int(lengths_B1.max())
+        return Known.of_lengths(lengths_B1, width, self.tokenizer.pad_id, self.tokenizer.sep_id)
 
     def _texts(self, ids_BL: Tensor) -> list[str]:
         texts = self.tokenizer.decode(ids_BL.cpu().numpy())
@@ -212,18 +204,6 @@ class Captioner:
             confidence = [round(best_L[i].item(), 4) for i in kept]
             # Word pieces and removed repeats leave no one-to-one match: then no confidence is claimed.
             draft.append(Draft(step, t, text, confidence if len(kept) == len(text.split()) else []))
-
-
-@dataclass(frozen=True)
-class _Known:
-    """What is given at the start: ids_BL, but where ``open_BL``. Where ``words_BL`` is False there is padding."""
-
-    open_BL: Tensor
-    ids_BL: Tensor
-    words_BL: Tensor | None = None
-
-    def put(self, ids_BL: Tensor) -> Tensor:
-        return torch.where(self.open_BL, ids_BL, self.ids_BL)
 
 
 class _PhotoNoise:
@@ -252,7 +232,7 @@ class _GuidedDenoiser:
     """
 
     def __init__(
-        self, network: Denoiser, features: ImageFeatures, guidance_scale: float, known: _Known | None = None
+        self, network: Denoiser, features: ImageFeatures, guidance_scale: float, known: Known | None = None
     ) -> None:
         self.network, self.features, self.guidance_scale, self.known = network, features, guidance_scale, known
         self.mask_BL = None if known is None else known.words_BL

@@ -191,38 +191,70 @@ def bleu(counts: np.ndarray) -> tuple[float, float, float, float]:
 CIDER_LENGTH_SIGMA = 6.0
 
 
+class _SquaredIdf(dict[str, float]):
+    """n-gram -> idf squared. One that no reference has is as rare as one that a single sample has."""
+
+    def __init__(self, references: Iterable[CountedReferences]) -> None:
+        documents: Counter[str] = Counter()
+        samples = 0
+        for sample in references:
+            samples += 1
+            documents.update(chain.from_iterable(sample.most))
+        log_samples = math.log(max(1, samples))
+        by_count = {count: (log_samples - math.log(count)) ** 2 for count in set(documents.values())}
+        super().__init__(zip(documents, map(by_count.__getitem__, documents.values())))
+        self.of_unseen = log_samples**2
+
+    def __missing__(self, ngram: str) -> float:
+        return self.of_unseen
+
+
+class CiderD:
+    """CIDEr-D with the idf of some samples' references."""
+
+    def __init__(self, references: Iterable[CountedReferences]) -> None:
+        self._idf_squared = _SquaredIdf(references)
+
+    def __call__(self, hypotheses: Sequence[CountedCaption], references: CountedReferences) -> list[float]:
+        """The score of each hypothesis of one sample."""
+        idf_squared = self._idf_squared
+
+        def norm(counts: Ngrams) -> float:
+            return math.sqrt(sum([count * count * idf_squared[ngram] for ngram, count in counts.items()]))
+
+        reference_norms: dict[tuple[int, int], float] = {}
+
+        def cosine(h: Ngrams, norm_h: float, r: Ngrams, which: tuple[int, int]) -> float:
+            shared = [ngram for ngram in h if ngram in r]  # a set would add floats in an order of its process's own
+            dot = sum([min(h[ngram], r[ngram]) * r[ngram] * idf_squared[ngram] for ngram in shared])
+            if not dot:
+                return 0.0
+            if which not in reference_norms:
+                reference_norms[which] = norm(r)
+            return dot / (norm_h * reference_norms[which])
+
+        def similarity(hypothesis: CountedCaption, norms: list[float], number: int) -> float:
+            reference = references.captions[number]
+            orders = [(number, order) for order in range(MAX_ORDER)]
+            cosines = sum(map(cosine, hypothesis.ngrams, norms, reference.ngrams, orders))
+            # the reference implementation measures length in bigrams, which matters only for empty captions
+            delta = max(len(hypothesis.tokens), 1) - max(len(reference.tokens), 1)
+            return cosines * math.exp(-(delta**2) / (2 * CIDER_LENGTH_SIGMA**2))
+
+        scores, count = [], len(references.captions)
+        for hypothesis in hypotheses:
+            norms = [norm(counts) for counts in hypothesis.ngrams]
+            total = sum(similarity(hypothesis, norms, number) for number in range(count))
+            scores.append(10.0 * total / MAX_ORDER / count)
+        return scores
+
+
 def counted_cider_d(hypotheses: Sequence[CountedCaption], references: Sequence[CountedReferences]) -> list[float]:
     """`cider_d` of what is already counted."""
     if len(hypotheses) != len(references):
         raise ValueError(f"{len(hypotheses)} hypotheses for {len(references)} samples; expected one for each")
-    log_samples = math.log(max(1, len(references)))
-    documents = Counter(chain.from_iterable(chain.from_iterable(sample.most for sample in references)))
-    # an n-gram that no reference has is as rare as one that a single sample has
-    written = chain.from_iterable(chain.from_iterable(hypothesis.ngrams for hypothesis in hypotheses))
-    idf_squared = dict.fromkeys(written, log_samples**2)
-    by_count = {count: (log_samples - math.log(count)) ** 2 for count in set(documents.values())}
-    idf_squared.update(zip(documents, map(by_count.__getitem__, documents.values())))
-
-    def norm(counts: Ngrams) -> float:
-        return math.sqrt(sum([count * count * idf_squared[ngram] for ngram, count in counts.items()]))
-
-    def cosine(h: Ngrams, norm_h: float, r: Ngrams) -> float:
-        shared = [ngram for ngram in h if ngram in r]  # a set would add floats in an order of its process's own
-        dot = sum([min(h[ngram], r[ngram]) * r[ngram] * idf_squared[ngram] for ngram in shared])
-        return dot / (norm_h * norm(r)) if dot else 0.0
-
-    def similarity(hypothesis: CountedCaption, norms: list[float], reference: CountedCaption) -> float:
-        cosines = sum(map(cosine, hypothesis.ngrams, norms, reference.ngrams))
-        # the reference implementation measures length in bigrams, which matters only for empty captions
-        delta = max(len(hypothesis.tokens), 1) - max(len(reference.tokens), 1)
-        return cosines * math.exp(-(delta**2) / (2 * CIDER_LENGTH_SIGMA**2))
-
-    scores = []
-    for hypothesis, sample in zip(hypotheses, references):
-        norms = [norm(counts) for counts in hypothesis.ngrams]
-        total = sum(similarity(hypothesis, norms, reference) for reference in sample.captions)
-        scores.append(10.0 * total / MAX_ORDER / len(sample.captions))
-    return scores
+    score = CiderD(references)
+    return [score([hypothesis], sample)[0] for hypothesis, sample in zip(hypotheses, references)]
 
 
 def cider_d(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:

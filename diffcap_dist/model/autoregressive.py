@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from diffcap_dist.config import ModelConfig
@@ -37,10 +37,9 @@ class AutoregressiveModel(Denoiser):
             self_conditioning=False,
             length_head=False,
             text_token=False,
+            shifted=True,
         )
         super().__init__(config, vocab_size, max_length, feature_widths)
-        self.begin = nn.Embedding(1, self.embedding_dim)  # stands before the first word
-        nn.init.normal_(self.begin.weight, std=config.embedding_std or 1.0)
 
     def forward(self, ids_BL: Tensor, image: ImageFeatures, mask_BL: Tensor) -> Tensor:  # type: ignore[override]
         """hidden_BLD: at position i, what foretells word i; nothing is there where ``mask_BL`` is False, behind a
@@ -56,9 +55,6 @@ class AutoregressiveModel(Denoiser):
         at_S = torch.arange(tokens_BSH.shape[1], device=ids_BL.device)
         hidden_BSH = packed.hidden_states(self.body, tokens_BSH, counts_BS, sees_SS, at_S)
         return self.output_projection(hidden_BSH[:, :L])
-
-    def _begin(self, rows: int) -> Tensor:
-        return self.begin(torch.zeros(rows, dtype=torch.long, device=self.begin.weight.device))
 
     def _photo_tokens(self, image: ImageFeatures, rows: int) -> Tensor:
         assert self.segments is not None

@@ -106,6 +106,9 @@ class Denoiser(nn.Module):
             nn.Sequential(nn.Linear(H, H), nn.GELU(), nn.Linear(H, max_length)) if config.length_head else None
         )
         self._init_new_weights()
+        self.begin = nn.Embedding(1, self.embedding_dim) if config.shifted else None  # stands before the first word
+        if self.begin is not None:
+            nn.init.normal_(self.begin.weight, std=config.embedding_std or 1.0)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -132,7 +135,9 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         """hidden_BLD at the caption positions. B is a multiple of the N photos: rows of one photo stand together.
 
-        L may be less than ``max_length``, where the rest is padding that nothing would attend to.
+        L may be less than ``max_length``, where the rest is padding that nothing would attend to. A shifted denoiser
+        reads word i one place further on, behind what foretells it, and the photo's tokens see each other alone: the
+        control's places and sight (of language models: Gong et al. 2024, arXiv:2410.17891).
         ``previous_x0_BLD`` is an earlier estimate (self-conditioning; Chen et al. 2022, arXiv:2208.04202), zeros where
         there is none. Where ``image_dropped_N`` is True the photo is hidden from its rows. Nothing attends to caption
         positions where ``mask_BL`` is False; with a length head, what is given there means nothing. ``guide`` needs
@@ -148,20 +153,33 @@ class Denoiser(nn.Module):
         if self.config.self_conditioning:
             previous = torch.zeros_like(x_BLD) if previous_x0_BLD is None else previous_x0_BLD.to(x_BLD.dtype)
             x_BLD = torch.cat([x_BLD, previous], dim=-1)
+        if self.begin is not None:
+            x_BLD = torch.cat([self._begin(B)[:, None].to(x_BLD.dtype), x_BLD], dim=1)
+            mask_BL = None if mask_BL is None else torch.cat([torch.ones_like(mask_BL[:, :1]), mask_BL], dim=1)
+        words = x_BLD.shape[1]
         features_BPH = self._image_tokens(image, image_dropped_N).repeat_interleave(B // num_photos, dim=0)
         tokens_BSH, mask_BS = self._fused(self.input_projection(x_BLD), features_BPH, mask_BL, guide)
         if self.time_mlp is not None:
             tokens_BSH = tokens_BSH + self.time_mlp(_sinusoids(t_B).to(x_BLD.dtype))[:, None]
         at_S = torch.arange(tokens_BSH.shape[1], device=x_BLD.device)
-        at_S[L:] += self.max_length - L  # features keep their places
+        at_S[words:] += self.max_length - words  # features keep their places
         if mask_BS is None or self.length_head is None:
             hidden_BSH = self.body(
                 inputs_embeds=tokens_BSH, attention_mask=mask_BS, position_ids=at_S[None]
             ).last_hidden_state
         else:  # where padding is foretold, nobody asks what stands there
-            hidden_BSH = packed.hidden_states(self.body, tokens_BSH, mask_BS, mask_BS[:, None, None], at_S)
+            sees = mask_BS[:, None, None]
+            if self.begin is not None:
+                of_photo_S = torch.arange(len(at_S), device=at_S.device) >= words
+                sees = sees & (of_photo_S | ~of_photo_S[:, None])
+            hidden_BSH = packed.hidden_states(self.body, tokens_BSH, mask_BS, sees, at_S)
         hidden_BLD = self.output_projection(hidden_BSH[:, :L])
         return hidden_BLD if self.head is None else self.head(hidden_BLD)
+
+    def _begin(self, rows: int) -> Tensor:
+        """What stands before the first word, (rows, D)."""
+        assert self.begin is not None
+        return self.begin(torch.zeros(rows, dtype=torch.long, device=self.begin.weight.device))
 
     def _fused(
         self, caption_BLH: Tensor, features_BPH: Tensor, mask_BL: Tensor | None, guide: TextGuide | None
