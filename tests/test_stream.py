@@ -131,6 +131,8 @@ def test_other_captions_stand_in_for_the_shards(
     config = dataclasses.replace(CONFIG, captions=str(file))
     batch = next(iter(CaptionStream(reader, tokenizer, config, 5, 8)))
     assert [sorted(some) for some in batch.captions] == [["a circle", f"a {key}"] for key in batch.keys]
+    records = dict(all_records(reader))
+    assert batch.references == [records[key]["captions"] for key in batch.keys]
     file.write_text(json.dumps({"key": keys[0], "captions": ["a circle"]}) + "\n")
     with pytest.raises(ValueError, match=r"teacher\.jsonl has no captions for scene-train-"):
         list(islice(CaptionStream(reader, tokenizer, config, 5, 8), 8))
@@ -140,6 +142,12 @@ def test_other_captions_stand_in_for_the_shards(
             CaptionStream(reader, tokenizer, config, 5, 8)
     with pytest.raises(ValueError, match="no such file"):
         CaptionStream(reader, tokenizer, dataclasses.replace(CONFIG, captions=str(tmp_path / "no.jsonl")), 5, 8)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 7, 100])
+def test_one_record_in_so_many_is_read_across_shards(every: int, uneven: ShardReader) -> None:
+    assert len(uneven.counts) > 2
+    assert list(all_records(uneven, every=every)) == list(all_records(uneven))[::every]
 
 
 def test_pixels_go_through_the_transform(scene_shards: Path, tokenizer: CaptionTokenizer) -> None:
