@@ -54,6 +54,7 @@ KINDS = {
     "continuous, lengths foretold": (ModelConfig(self_conditioning=True), DiffusionConfig(kind="continuous")),
     "masked": (ModelConfig(self_conditioning=True, length_head=False), DiffusionConfig()),
     "masked, lengths foretold": (ModelConfig(), DiffusionConfig()),
+    "masked, shifted, lengths foretold": (ModelConfig(shifted=True, time_embedding=False), DiffusionConfig()),
     "autoregressive": (ModelConfig(kind="autoregressive"), DiffusionConfig()),
 }
 
@@ -168,6 +169,18 @@ def test_a_network_begins_with_the_weights_of_another_kind(tmp_path: Path) -> No
         begin_with(other, tmp_path)
     with pytest.raises(ValueError, match="no exported captioner"):
         begin_with(denoiser, tmp_path / "nothing")
+
+
+def test_a_shifted_network_has_all_the_weights_of_the_control_and_is_begun_with_by_its_like(tmp_path: Path) -> None:
+    for kind in ("autoregressive", "masked, shifted, lengths foretold"):
+        captioner, about = captioner_of(kind), {"step": 3, "feature_widths": [10, None]}
+        state = captioner.network.state_dict()
+        export_captioner(tmp_path / kind, state, captioner.network, captioner.config, TOKENIZER, about)
+    shifted = captioner_of("masked, shifted, lengths foretold").network
+    assert {name.split(".")[0] for name in begin_with(shifted, tmp_path / "autoregressive")} == {"length_head"}
+    assert begin_with(shifted, tmp_path / "masked, shifted, lengths foretold") == []
+    with pytest.raises(ValueError, match=r"was trained with model\.shifted=true; set the same here"):
+        begin_with(captioner_of("masked, lengths foretold").network, tmp_path / "masked, shifted, lengths foretold")
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "foretold" in kind])

@@ -306,11 +306,17 @@ def load_captioner(folder: Path, overrides: Sequence[str] = (), device: torch.de
 def begin_with(network: Denoiser, run: Path) -> list[str]:
     """Give ``network`` the weights of the same name and shape of a run's captioner; the names that it has no others of.
 
-    Raises ValueError where the body's don't fit: the sizes differ, or the vocabulary does.
+    Raises ValueError where the body's don't fit: the sizes differ, or the vocabulary does, or where words stand.
     """
     folder = run / "export" if (run / "export").is_dir() else run
     if not (folder / "model.safetensors").is_file():
         raise ValueError(f"model.init_from={run}: no exported captioner (model.safetensors) there")
+    there = load_config(folder / "config.yaml").model
+    if there.kind == network.config.kind == "denoiser" and there.shifted != network.config.shifted:
+        raise ValueError(
+            f"model.init_from={run} was trained with model.shifted={str(there.shifted).lower()}; set the same here, "
+            "or its words stand at other places"
+        )
     found, own = load_file(folder / "model.safetensors"), network.state_dict()
     fitting = {name: tensor for name, tensor in found.items() if name in own and own[name].shape == tensor.shape}
     for name in own:
