@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import make_shards, padding, stream, stream_readers, train_step
+from benchmarks import make_shards, padding, reward_step, stream, stream_readers, train_step
 from benchmarks.stream_environments import NotInstalled
 from benchmarks.train_step import SIZES, Batch, build, check_same_loss, main, peak_bytes, peaks_apart, write_clip
 from diffcap_dist.diffusion import objective
@@ -63,6 +63,18 @@ def test_padding_compares_what_is_the_same(
     monkeypatch.setattr(padding.packed, "hidden_states", lambda *given: 1.001 * hidden_states(*given))
     with pytest.raises(ValueError, match="packed: hidden states are 1"):
         padding.main(small)
+
+
+def test_a_step_on_a_reward_is_timed_beside_two_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "reward.json"
+    small = ["--width", "64", "--layers", "1", "--photos", "3", "--samples", "2,4", "--rounds", "2", "--device", "cpu"]
+    assert reward_step.main([*small, "--out", str(out)]) == 0
+    found = json.loads(out.read_text())["samples"]
+    assert found.keys() == {"2", "4"}
+    assert found["4"].keys() == {"cross-entropy", "reward, masked", "reward, left to right"}
+    assert all(milliseconds > 0 for milliseconds in found["4"].values())
+    told = capsys.readouterr().out
+    assert f"{found['2']['reward, masked'] / found['2']['cross-entropy']:.2f} times one of cross-entropy" in told
 
 
 def test_different_losses_are_refused(clip_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
