@@ -337,11 +337,12 @@ class Chart:
 
 def charts(data: RunData) -> list[Chart]:
     second = "scene_accuracy" if any("scene_accuracy" in line for line in data.validation) else "cider_d"
-    terms = {
-        name: points(data.training, name) for name in ("loss", "rounding", "restore", "first_step", "length", "reward")
-    }
+    terms = {name: points(data.training, name) for name in ("loss", "rounding", "restore", "first_step", "length")}
     if terms["rounding"] == terms["loss"]:
         del terms["rounding"]  # the loss has that term only
+    rewards = points(data.training, "reward")
+    if rewards:
+        del terms["loss"]  # its gradient means something, its value nothing
     drawn = [
         chart(
             "Loss",
@@ -354,6 +355,8 @@ def charts(data: RunData) -> list[Chart]:
         chart("Throughput", "samples per second", {"samples/s": points(data.training, "samples_per_second")}),
         chart("Gradient norm", "before clipping", {"norm": points(data.training, "grad_norm")}),
     ]
+    if rewards:
+        drawn.append(chart("Reward", "mean CIDEr-D of the captions drawn of a step's photos", {"reward": rewards}))
     if directions := points(data.validation, "resultant_length"):
         note = "length of the mean of the trained words' unit vectors: 1 where all have collapsed into one direction"
         drawn.append(chart("Words' directions", note, {"resultant length": directions}))

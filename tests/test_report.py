@@ -17,8 +17,10 @@ from diffcap_dist.config import Config, ConfigError, load_config, save_config
 from diffcap_dist.report import (
     BOTTOM,
     TOP,
+    RunData,
     changed_words,
     chart,
+    charts,
     compact,
     draft_rows,
     duration,
@@ -300,6 +302,17 @@ def test_a_curve_breaks_where_there_is_no_value() -> None:
     heights = [y for _, y, _ in drawn.curves[0].dots]
     assert heights == [TOP, (TOP + BOTTOM) / 2, BOTTOM]
     assert drawn.levels == [("floor", "1", BOTTOM - (BOTTOM - TOP) / 4)]
+
+
+def test_a_run_on_a_reward_has_its_curve_and_no_loss_of_training() -> None:
+    training = [{"step": 1, "loss": -0.1, "reward": 0.5}, {"step": 2, "loss": 0.2, "reward": 0.6}]
+    validation = [{"step": 2, "val_loss": 3.0, "bleu_4": 0.1, "cider_d": 0.4}]
+    given = (Path("r"), Config(run_dir="r"), "", {}, training, validation, {}, {}, [], {}, {})
+    drawn = {one.title: [curve.name for curve in one.curves] for one in charts(RunData(*given))}
+    assert drawn["Loss"] == ["validation"] and drawn["Reward"] == ["reward"]
+    plain = [{"step": 1, "loss": 2.0, "rounding": 1.9}]
+    drawn = {one.title: [curve.name for curve in one.curves] for one in charts(RunData(*given[:4], plain, *given[5:]))}
+    assert drawn["Loss"] == ["loss", "rounding", "validation"] and "Reward" not in drawn
 
 
 def test_long_runs_are_thinned_to_means() -> None:
