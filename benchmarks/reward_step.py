@@ -26,6 +26,7 @@ from benchmarks.train_step import hardware
 from diffcap_dist.config import Config, DataConfig, DiffusionConfig, ModelConfig
 from diffcap_dist.data.captions import CaptionTokenizer
 from diffcap_dist.data.shard_format import atomic_write
+from diffcap_dist.diffusion.length import foretold_lengths
 from diffcap_dist.diffusion.objective import DiffusionObjective, Draws, build_network
 from diffcap_dist.diffusion.reward import RewardObjective
 from diffcap_dist.evaluation.reward import CiderReward
@@ -85,8 +86,12 @@ class Steps:
         control, tokenizer, S = self.control, self.tokenizer, self.samples
         never = [i for i in tokenizer.special_ids if i != tokenizer.sep_id]
 
+        with torch.no_grad():  # captions as long as masked diffusion's: fresh weights never end one
+            lengths_B = foretold_lengths(self.rewarded.network.length_logits(self.image))[:, 0].repeat_interleave(S)
+
         def choose(position: int, logits_BV: Tensor) -> Tensor:
-            return torch.multinomial(logits_BV.softmax(-1), 1)[:, 0]
+            drawn_B = torch.multinomial(logits_BV.softmax(-1), 1)[:, 0]
+            return torch.where(lengths_B == position + 1, tokenizer.sep_id, drawn_B)
 
         ids_BL = control.write(self.image, tokenizer.sep_id, tokenizer.pad_id, 1, never, choose, rows_per_photo=S)
         reward_SN = self.reward(ids_BL.unflatten(0, (-1, S)).transpose(0, 1), self.references)
