@@ -107,7 +107,7 @@ class Steps:
 
 
 def measure(steps: Steps, rounds: int) -> dict[str, float]:
-    """Milliseconds of a step of each way. ValueError where one gives no finite gradient."""
+    """Milliseconds of a step of each way. ValueError where a loss is not finite."""
     ways: dict[str, Callable[[], Tensor]] = {
         "cross-entropy": steps.cross_entropy,
         "reward, masked": steps.masked,

@@ -308,8 +308,20 @@ def _recipe_conflicts(config: Config) -> dict[str, bool]:
                 or (data.captions_per_image, diffusion.timesteps_per_caption, data.flip_rate) != (1, 1, 0)
             )
         ),
-        "model.shifted=true is for masked diffusion that foretells lengths: set diffusion.kind=masked, "
-        "model.length_head=true, model.fusion=concat and model.self_conditioning=false": (
+        "diffusion.reward_samples > 0 has no cross-entropy, hides no photo and shows no estimate: set diffusion."
+        "dynamic_rounding=0, image_drop_rate=0, text_guidance=0, training.early_stop_ratio=0 and "
+        "model.self_conditioning=false": (
+            diffusion.reward_samples > 0
+            and bool(
+                diffusion.dynamic_rounding
+                or diffusion.image_drop_rate
+                or diffusion.text_guidance
+                or config.training.early_stop_ratio
+                or model.self_conditioning
+            )
+        ),
+        "model.shifted=true is for masked diffusion that foretells lengths: set model.kind=denoiser, "
+        "diffusion.kind=masked, model.length_head=true, model.fusion=concat and model.self_conditioning=false": (
             model.shifted
             and (config.kind, model.length_head, model.fusion, model.self_conditioning)
             != ("masked", True, "concat", False)

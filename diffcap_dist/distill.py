@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffcap_dist.data.shard_format import atomic_write, references_of
+from diffcap_dist.data.shard_format import atomic_write
 from diffcap_dist.data.stream import ShardReader
 from diffcap_dist.evaluation.captioner import Captioner
 from diffcap_dist.evaluation.scores import count_caption, count_references, counted_cider_d, tokenize
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             drawn, _ = caption_share(drawing, reader, encoder, args.batch_size, ranks)
             for key, caption in drawn.items():
                 drafts[key].append(caption)
-        references = {key: references_of(record) for key, record in records.items()} if args.best_of else {}
+        references = {key: record["captions"] for key, record in records.items()} if args.best_of else {}
         gathered = distributed.gather_to_first((drafts, references), ranks)
     finally:
         distributed.finish()

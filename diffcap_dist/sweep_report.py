@@ -110,10 +110,11 @@ def read_cell(run: RunDir) -> Cell:
 
 
 def _losses(run: RunDir) -> dict[str, float]:
-    """Means over the last steps, in the paper's terms: the x_t term, lambda times the rounding term, and their sum."""
+    """Means over the last steps, in the paper's terms: the x_t term, lambda times the rounding term, and their sum.
+    A run on a reward has no such terms."""
     by_step = {record["step"]: record for record in run.read_metrics() if record.get("kind") == "training"}
     last = [record for step, record in by_step.items() if step > (1 - LAST_SHARE) * max(by_step)]
-    if not last or any(record.get("loss") is None for record in last):
+    if not last or any(record.get("loss") is None or "reward" in record for record in last):
         return {}
     diffusion = run.load_config().diffusion
     mean = {

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from diffcap_dist.config import Config, load_config
 from diffcap_dist.data.captions import CaptionTokenizer
-from diffcap_dist.data.shard_format import ShardDamage, references_of
+from diffcap_dist.data.shard_format import ShardDamage
 from diffcap_dist.data.stream import Batch, CaptionStream, Damage, ShardReader, all_records
 from diffcap_dist.diffusion.objective import Draws, Objective, build_network, build_objective
 from diffcap_dist.diffusion.reward import RewardObjective
@@ -157,10 +157,16 @@ class Trainer:
         config, tokenizer = self.config, self.data.tokenizer
         if not config.diffusion.reward_samples:
             return build_objective(network, config, tokenizer.pad_id, tokenizer.mask_id)
+        if not config.model.init_from:
+            raise ValueError(
+                "diffusion.reward_samples: all captions of fresh weights are equally bad; set model.init_from to a run "
+                "that was trained without"
+            )
         damages: list[ShardDamage] | None = [] if config.data.damage == "replace" else None
-        every = 1 + sum(self.data.train.counts) // REWARD_PHOTOS
-        records = all_records(self.data.train, damages, every)
-        reward = CiderReward(tokenizer, (references_of(record) for _, record in records))
+        every = max(1, sum(self.data.train.counts) // REWARD_PHOTOS)  # whole shards: remote ones are fetched for it
+        reward = CiderReward(tokenizer, (r["captions"] for _, r in all_records(self.data.train, damages, every)))
+        for damage in damages or []:
+            log.info("not in the idf of the reward, for it is damaged: %s", damage)
         special = (tokenizer.pad_id, tokenizer.mask_id, tokenizer.sep_id, tokenizer.special_ids)
         return RewardObjective(network, config.diffusion, *special, reward)
 

@@ -119,10 +119,8 @@ def test_our_own_tables(name: str, tmp_path: Path) -> None:
     last = settings[added_row(table.changes[-1])]
     differing = {line.split(":")[0] for line in differences(last, load_config(recipe, [f"run_dir={tmp_path / 'x'}"]))}
     unused = {"sampler.name", "sampler.eta", "diffusion.self_conditioning_rate", "diffusion.restore_loss"}
-    unused |= {
-        "model.shifted",
-        "model.time_embedding",
-    }  # a row of its own: recipes with Gaussian noise can't be shifted
+    # A row of its own: recipes with Gaussian noise can't be shifted.
+    unused |= {"model.shifted", "model.time_embedding"}
     told = {"training.log_every", "training.validate_every", "training.validation_images", "training.save_every"}
     assert differing <= unused | told | {"training.export", "training.zero_stage", "training.keep_last"}, differing
 

@@ -107,7 +107,6 @@ def test_training_raises_the_reward_and_a_reward_that_is_the_same_for_all_change
 def test_a_photo_is_drawn_for_alike_in_every_batch_and_its_own_caption_is_not_looked_at() -> None:
     objective = objective_of()
     photos = features(photos=4)
-    together, apart = [], []
     draws = draws_of(objective, [0, 1, 2, 3])
     seen: list[Tensor] = []
     objective.reward = lambda ids_SNL, references: seen.append(ids_SNL) or share_of_a_word(ids_SNL, references)
@@ -147,6 +146,8 @@ def test_the_reward_is_cider_d_with_the_idf_of_the_training_captions() -> None:
     assert reward(ids_SNL[:, 2:], training[2:]).tolist() == reward_SN[:, 2:].tolist()  # not of the batch's
     with pytest.raises(ValueError, match="without references"):
         reward(ids_SNL[:, :1], [[]])
+    with pytest.raises(ValueError, match="captions of 3 photos, references of 2"):
+        reward(ids_SNL, training[:2])
 
 
 @pytest.mark.parametrize(
@@ -158,6 +159,10 @@ def test_the_reward_is_cider_d_with_the_idf_of_the_training_captions() -> None:
         (["diffusion.reward_samples=4", "model.kind=autoregressive"], "masked diffusion"),
         (["diffusion.reward_samples=4", "data.captions_per_image=5"], "captions_per_image=1"),
         (["diffusion.reward_samples=4", "data.flip_rate=0.5", "data.features="], "flip_rate=0"),
+        (["diffusion.reward_samples=4", "diffusion.dynamic_rounding=1"], "dynamic_rounding=0"),
+        (["diffusion.reward_samples=4", "diffusion.image_drop_rate=0.1"], "image_drop_rate=0"),
+        (["diffusion.reward_samples=4", "training.early_stop_ratio=1"], "early_stop_ratio=0"),
+        (["model.shifted=true", "model.kind=autoregressive"], "set model.kind=denoiser"),
     ],
 )
 def test_what_no_reward_goes_with_is_refused(words: list[str], message: str, tiny_config: Path) -> None:
@@ -171,6 +176,9 @@ def test_a_second_stage_is_the_same_on_two_ranks_at_stage_3_and_after_a_restart(
 ) -> None:
     first = tmp_path / "first"
     launch(1, "diffcap_dist.train", str(tiny_config), "training.num_steps=4", f"run_dir={first}")
+    fresh = ["diffusion.reward_samples=4", f"run_dir={tmp_path / 'fresh'}"]
+    with pytest.raises(AssertionError, match=r"captions of fresh weights are equally bad; set model\.init_from"):
+        launch(1, "diffcap_dist.train", str(tiny_config), *fresh)
     words = [f"model.init_from={first}", "diffusion.reward_samples=4", f"data.tokenizer={first}/tokenizer"]
     words += ["training.validate_every=2", "training.save_every=2"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"

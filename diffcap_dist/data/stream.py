@@ -30,7 +30,7 @@ from diffcap_dist.data.augmentation import augmented, crop_at
 from diffcap_dist.data.captions import CaptionTokenizer
 from diffcap_dist.data.order import MixedOrder, Place, SampleOrder, draw, evaluation_positions, rank_positions
 from diffcap_dist.data.pixels import Crop
-from diffcap_dist.data.shard_format import FeatureInfo, Shard, ShardDamage, references_of
+from diffcap_dist.data.shard_format import FeatureInfo, Shard, ShardDamage
 from diffcap_dist.data.shard_store import ShardStore
 from diffcap_dist.training.preemption import reset_in_worker
 
@@ -57,7 +57,7 @@ class Batch(NamedTuple):
     positions: list[int]
     keys: list[str]
     captions: list[list[str]]  # C of each photo
-    references: list[list[str]]  # all that people wrote, as in the shard
+    references: list[list[str]]  # all captions of each photo in this split, whatever is trained on
     ids_NCL: Tensor
     images_NCHW: Tensor | None
     pooled_NF: Tensor | None
@@ -243,7 +243,7 @@ class _Positions(Dataset):
             list(positions),
             [photo.key for photo in photos],
             list(captions),
-            [references_of(photo.record) for photo in photos],
+            [photo.record["captions"] for photo in photos],
             torch.from_numpy(ids_BL).unflatten(0, (len(samples), -1)),
             _stack([photo.image_CHW for photo in photos]),
             _stack([photo.pooled_F for photo in photos]),
@@ -390,12 +390,10 @@ def evaluation_photos(
 def all_records(
     reader: ShardReader, damages: list[ShardDamage] | None = None, every: int = 1
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Key and record of every sample, or of one in ``every``, in shard order. Damage is raised, or noted in ``damages``
-    where that is given."""
-    before = 0
-    for shard, count in enumerate(reader.counts):
-        first, before = -before % every, before + count
-        for sample in range(first, count, every):
+    """Key and record of every sample (of one shard in ``every``), in shard order. Damage is raised, or noted in
+    ``damages`` where that is given."""
+    for shard in range(0, len(reader.counts), every):
+        for sample in range(reader.counts[shard]):
             try:
                 yield reader.record(shard, sample)
             except ShardDamage as damage:

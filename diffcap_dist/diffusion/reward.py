@@ -1,8 +1,8 @@
 """Training on a reward: masked diffusion's own captions are drawn, and the better ones of a photo made likelier.
 
 Cross-entropy asks for each word of one caption; a reward asks whether all words together are a caption of the photo. A
-denoiser draws all hidden words in one look, so that many captions of a photo cost one forward, where a left-to-right
-model reads its own words one by one (of translation: Shao et al. 2021, arXiv:2106.08122).
+denoiser draws all hidden words in one look, so that many captions of a photo cost what one does, where a left-to-right
+model writes each of them word by word (of translation: Shao et al. 2021, arXiv:2106.08122).
 
 Letters as in the objective; S captions drawn of each photo, T hidden words of all rows.
 """
@@ -27,7 +27,8 @@ class RewardObjective(DiffusionObjective):
     arXiv:1612.00563). In evaluation mode it is the ``DiffusionObjective`` that it is made of.
 
     Of each photo a share t of the words is left hidden, the rest is what the network itself is surest of at first
-    sight; so it learns to end what it has begun, as at inference. Lengths are foretold, and not trained.
+    sight; so it learns to end what it has begun, as at inference. Lengths are foretold; the head that does it is not
+    trained, though what it reads, the photo's projection, is.
     """
 
     def __init__(

@@ -18,13 +18,15 @@ class CiderReward:
     """``reward(ids_SNL, references of the N photos) -> reward_SN``."""
 
     def __init__(self, tokenizer: CaptionTokenizer, references: Iterable[Sequence[str]]) -> None:
-        """``references``: all captions of each training photo."""
+        """``references``: the captions of each training photo."""
         self.tokenizer = tokenizer
         self._cider_d = CiderD(_counted(texts) for texts in references)
 
     def __call__(self, ids_SNL: Tensor, references: Sequence[Sequence[str]]) -> Tensor:
+        N = ids_SNL.shape[1]
+        if len(references) != N:
+            raise ValueError(f"captions of {N} photos, references of {len(references)}: expected those of each photo")
         texts = self.tokenizer.decode(ids_SNL.flatten(0, 1).cpu().numpy())
-        N = len(references)
         reward_SN = torch.empty(ids_SNL.shape[:2])
         for photo, of_people in enumerate(references):
             drawn = texts[photo::N]

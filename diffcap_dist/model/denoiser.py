@@ -155,7 +155,8 @@ class Denoiser(nn.Module):
             x_BLD = torch.cat([x_BLD, previous], dim=-1)
         if self.begin is not None:
             x_BLD = torch.cat([self._begin(B)[:, None].to(x_BLD.dtype), x_BLD], dim=1)
-            mask_BL = None if mask_BL is None else torch.cat([torch.ones_like(mask_BL[:, :1]), mask_BL], dim=1)
+            mask_BL = torch.ones_like(t_B[:, None].expand(-1, L), dtype=torch.bool) if mask_BL is None else mask_BL
+            mask_BL = torch.cat([torch.ones_like(mask_BL[:, :1]), mask_BL], dim=1)
         words = x_BLD.shape[1]
         features_BPH = self._image_tokens(image, image_dropped_N).repeat_interleave(B // num_photos, dim=0)
         tokens_BSH, mask_BS = self._fused(self.input_projection(x_BLD), features_BPH, mask_BL, guide)
