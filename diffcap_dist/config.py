@@ -279,12 +279,13 @@ def _conflicts(config: Config) -> list[str]:
         f"training.ema_decay={training.ema_decay}; it lies in [0, 1)": not 0 <= training.ema_decay < 1,
         f"optimizer.hold_steps={config.optimizer.hold_steps}; at least 1": config.optimizer.hold_steps < 1,
     }
-    return [message for message, wrong in {**checks, **_recipe_conflicts(config)}.items() if wrong]
+    checks |= {**_recipe_conflicts(config), **_reward_conflicts(config)}
+    return [message for message, wrong in checks.items() if wrong]
 
 
 def _recipe_conflicts(config: Config) -> dict[str, bool]:
     """What does not fit between the model, its diffusion and its sampler: message -> whether it is so."""
-    model, diffusion, sampler, data = config.model, config.diffusion, config.sampler, config.data
+    model, diffusion, sampler = config.model, config.diffusion, config.sampler
     return {
         "all loss weights are zero: set diffusion.rounding_weight or diffusion.restore_weight": not (
             diffusion.rounding_weight or diffusion.restore_weight
@@ -295,30 +296,6 @@ def _recipe_conflicts(config: Config) -> dict[str, bool]:
         f"sampler.guidance_scale={sampler.guidance_scale} needs a model that was trained with "
         "diffusion.image_drop_rate > 0, e.g. 0.1": (
             sampler.guidance_scale != 1 and not diffusion.image_drop_rate and model.kind != "autoregressive"
-        ),
-        f"diffusion.reward_samples={diffusion.reward_samples}; 0, or at least 2 captions to compare": (
-            diffusion.reward_samples < 0 or diffusion.reward_samples == 1
-        ),
-        "diffusion.reward_samples > 0 is for masked diffusion that foretells lengths, one caption of a photo and one "
-        "timestep at a time: set diffusion.kind=masked, model.kind=denoiser, model.length_head=true, "
-        "data.captions_per_image=1, diffusion.timesteps_per_caption=1 and data.flip_rate=0": (
-            diffusion.reward_samples > 0
-            and (
-                (config.kind, model.length_head) != ("masked", True)
-                or (data.captions_per_image, diffusion.timesteps_per_caption, data.flip_rate) != (1, 1, 0)
-            )
-        ),
-        "diffusion.reward_samples > 0 has no cross-entropy, hides no photo and shows no estimate: set diffusion."
-        "dynamic_rounding=0, image_drop_rate=0, text_guidance=0, training.early_stop_ratio=0 and "
-        "model.self_conditioning=false": (
-            diffusion.reward_samples > 0
-            and bool(
-                diffusion.dynamic_rounding
-                or diffusion.image_drop_rate
-                or diffusion.text_guidance
-                or config.training.early_stop_ratio
-                or model.self_conditioning
-            )
         ),
         "model.shifted=true is for masked diffusion that foretells lengths: set model.kind=denoiser, "
         "diffusion.kind=masked, model.length_head=true, model.fusion=concat and model.self_conditioning=false": (
@@ -353,6 +330,37 @@ def _recipe_conflicts(config: Config) -> dict[str, bool]:
             diffusion.timesteps == "subset" and diffusion.timesteps_per_caption > diffusion.num_timesteps
         ),
         "diffusion.first_step_weight needs diffusion.num_timesteps >= 1": diffusion.num_timesteps < 1,
+    }
+
+
+def _reward_conflicts(config: Config) -> dict[str, bool]:
+    """What does not go with ``diffusion.reward_samples``: message -> whether it is so."""
+    model, diffusion, data = config.model, config.diffusion, config.data
+    return {
+        f"diffusion.reward_samples={diffusion.reward_samples}; 0, or at least 2 captions to compare": (
+            diffusion.reward_samples < 0 or diffusion.reward_samples == 1
+        ),
+        "diffusion.reward_samples > 0 is for masked diffusion that foretells lengths, one caption of a photo and one "
+        "timestep at a time: set diffusion.kind=masked, model.kind=denoiser, model.length_head=true, "
+        "data.captions_per_image=1, diffusion.timesteps_per_caption=1 and data.flip_rate=0": (
+            diffusion.reward_samples > 0
+            and (
+                (config.kind, model.length_head) != ("masked", True)
+                or (data.captions_per_image, diffusion.timesteps_per_caption, data.flip_rate) != (1, 1, 0)
+            )
+        ),
+        "diffusion.reward_samples > 0 has no cross-entropy, hides no photo and shows no estimate: set diffusion."
+        "dynamic_rounding=0, image_drop_rate=0, text_guidance=0, training.early_stop_ratio=0 and "
+        "model.self_conditioning=false": (
+            diffusion.reward_samples > 0
+            and bool(
+                diffusion.dynamic_rounding
+                or diffusion.image_drop_rate
+                or diffusion.text_guidance
+                or config.training.early_stop_ratio
+                or model.self_conditioning
+            )
+        ),
     }
 
 

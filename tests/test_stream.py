@@ -144,6 +144,22 @@ def test_other_captions_stand_in_for_the_shards(
         CaptionStream(reader, tokenizer, dataclasses.replace(CONFIG, captions=str(tmp_path / "no.jsonl")), 5, 8)
 
 
+def test_training_sees_no_caption_of_another_split(
+    reader: ShardReader, tokenizer: CaptionTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where rows of captions are split, a photo's record has the others too, for scoring alone."""
+    photo_at = reader.photo
+
+    def with_others(shard: int, sample: int, crop: object = None) -> Photo:
+        photo = photo_at(shard, sample)
+        own = photo.record["captions"][:2]
+        return photo._replace(record={**photo.record, "captions": own, "references": photo.record["captions"]})
+
+    monkeypatch.setattr(reader, "photo", with_others)
+    batch = next(iter(CaptionStream(reader, tokenizer, CONFIG, 5, 8)))
+    assert [len(some) for some in batch.references] == [2] * 8
+
+
 @pytest.mark.parametrize("every", [1, 2, 3, 7, 100])
 def test_records_of_one_shard_in_so_many(every: int, uneven: ShardReader) -> None:
     assert len(uneven.counts) > 2
