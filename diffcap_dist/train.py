@@ -466,6 +466,8 @@ class Metrics:
         }
         self._write("training", state.step, record)
         shown = {name: f"{value:.3f}" for name, value in zip(terms, means)} | {"lr": f"{rate:.1e}"}
+        if "reward" in shown:
+            del shown["loss"]  # of a reward only its gradient means something
         bar.set_postfix(shown | ({"photos/s": f"{speed:.0f}"} if samples else {}), refresh=False)
         bar.update(state.step - bar.n)
 

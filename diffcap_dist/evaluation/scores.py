@@ -216,36 +216,36 @@ class CiderD:
         self._idf_squared = _SquaredIdf(references)
 
     def __call__(self, hypotheses: Sequence[CountedCaption], references: CountedReferences) -> list[float]:
-        """The score of each hypothesis of one sample."""
-        idf_squared = self._idf_squared
-
-        def norm(counts: Ngrams) -> float:
-            return math.sqrt(sum([count * count * idf_squared[ngram] for ngram, count in counts.items()]))
-
-        reference_norms: dict[tuple[int, int], float] = {}
-
-        def cosine(h: Ngrams, norm_h: float, r: Ngrams, which: tuple[int, int]) -> float:
-            shared = [ngram for ngram in h if ngram in r]  # a set would add floats in an order of its process's own
-            dot = sum([min(h[ngram], r[ngram]) * r[ngram] * idf_squared[ngram] for ngram in shared])
-            if not dot:
-                return 0.0
-            if which not in reference_norms:
-                reference_norms[which] = norm(r)
-            return dot / (norm_h * reference_norms[which])
-
-        def similarity(hypothesis: CountedCaption, norms: list[float], number: int) -> float:
-            reference = references.captions[number]
-            orders = [(number, order) for order in range(MAX_ORDER)]
-            cosines = sum(map(cosine, hypothesis.ngrams, norms, reference.ngrams, orders))
-            # the reference implementation measures length in bigrams, which matters only for empty captions
-            delta = max(len(hypothesis.tokens), 1) - max(len(reference.tokens), 1)
-            return cosines * math.exp(-(delta**2) / (2 * CIDER_LENGTH_SIGMA**2))
-
-        scores, count = [], len(references.captions)
+        """The score of each hypothesis of one sample. What the references have is laid out once for all hypotheses."""
+        captions, idf_squared = references.captions, self._idf_squared
+        having: list[dict[str, list[tuple[int, int]]]] = [{} for _ in range(MAX_ORDER)]  # n-gram -> (which, how often)
+        norms: list[list[float]] = [[] for _ in range(MAX_ORDER)]
+        for which, caption in enumerate(captions):
+            for of_order, norms_of_order, counts in zip(having, norms, caption.ngrams):
+                squares = 0.0
+                for ngram, count in counts.items():
+                    of_order.setdefault(ngram, []).append((which, count))
+                    squares += count * count * idf_squared[ngram]
+                norms_of_order.append(math.sqrt(squares))
+        scores = []
         for hypothesis in hypotheses:
-            norms = [norm(counts) for counts in hypothesis.ngrams]
-            total = sum(similarity(hypothesis, norms, number) for number in range(count))
-            scores.append(10.0 * total / MAX_ORDER / count)
+            cosines = [0.0] * len(captions)
+            for of_order, norms_of_order, counts in zip(having, norms, hypothesis.ngrams):
+                dots, squares = [0.0] * len(captions), 0.0
+                for ngram, count in counts.items():
+                    weight = idf_squared[ngram]
+                    squares += count * count * weight
+                    for which, in_reference in of_order.get(ngram, ()):  # min() would be a call each
+                        dots[which] += (count if count < in_reference else in_reference) * in_reference * weight
+                norm = math.sqrt(squares)
+                for which, dot in enumerate(dots):
+                    if dot:
+                        cosines[which] += dot / (norm * norms_of_order[which])
+            # the reference implementation measures length in bigrams, which matters only for empty captions
+            length = max(len(hypothesis.tokens), 1)
+            deltas = [length - max(len(caption.tokens), 1) for caption in captions]
+            total = sum(c * math.exp(-(d**2) / (2 * CIDER_LENGTH_SIGMA**2)) for c, d in zip(cosines, deltas))
+            scores.append(10.0 * total / MAX_ORDER / len(captions))
         return scores
 
 
