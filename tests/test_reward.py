@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from diffcap_dist.config import ConfigError, DiffusionConfig, load_config
 from diffcap_dist.data.captions import CaptionTokenizer
@@ -19,6 +20,9 @@ from diffcap_dist.evaluation.captioner import load_captioner
 from diffcap_dist.evaluation.reward import CiderReward
 from diffcap_dist.evaluation.scores import cider_d, tokenize
 from diffcap_dist.run_dir import RunDir
+from diffcap_dist.train import Metrics
+from diffcap_dist.training.checkpoint import TrainState
+from diffcap_dist.training.distributed import Ranks
 from tests.conftest import launch
 from tests.test_objective import CPU, L, V, captions_of, features, small_denoiser
 
@@ -148,6 +152,24 @@ def test_the_reward_is_cider_d_with_the_idf_of_the_training_captions() -> None:
         reward(ids_SNL[:, :1], [[]])
     with pytest.raises(ValueError, match="captions of 3 photos, references of 2"):
         reward(ids_SNL, training[:2])
+
+
+class Bar(tqdm):
+    def set_postfix(self, ordered_dict=None, refresh=True, **kwargs) -> None:  # type: ignore[no-untyped-def]
+        self.shown = dict(ordered_dict)
+
+
+def test_the_bar_of_a_reward_run_leaves_out_the_loss_which_means_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffcap_dist.train.distributed.mean", lambda values, device: values)  # one rank, no group
+    metrics = Metrics(RunDir(tmp_path), Ranks(0, 0, 1, CPU))
+    bar = Bar(total=9, disable=True)
+    metrics.training(TrainState(step=1), {"reward": 3.5, "loss": -0.1}, 1.0, 1e-3, bar)
+    assert bar.shown["reward"] == "3.500" and "loss" not in bar.shown
+    metrics.training(TrainState(step=2), {"rounding": 3.0, "loss": 2.0}, 1.0, 1e-3, bar)
+    assert bar.shown["loss"] == "2.000"
+    assert [record["loss"] for record in RunDir(tmp_path).read_metrics()] == [pytest.approx(-0.1), 2.0]
 
 
 @pytest.mark.parametrize(
